@@ -1,0 +1,7 @@
+"""`python -m fedmoe` is `fedmoe`."""
+
+import sys
+
+from fedmoe.cli import main
+
+sys.exit(main())

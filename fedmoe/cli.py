@@ -1,0 +1,103 @@
+"""The command line: which command does what, every failure in one line; a command's imports wait until it runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fedmoe import __version__
+from fedmoe.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the complaint and exit with 2."""
+        self.exit(2, f"fedmoe: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by the user."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(args.act(args, rest) or 0)
+    except UserError as error:
+        if os.environ.get("FEDMOE_TRACEBACK"):
+            raise
+        print(f"fedmoe: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has gone, as `fedmoe train --help | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"fedmoe: {stop or 'interrupted before the first round'}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fedmoe", description="Train federations of heterogeneous models with a shared expert.")
+    parser.add_argument("--version", action="version", version=f"fedmoe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    train = commands.add_parser("train", help="start a run", add_help=False)
+    train.set_defaults(act=_train)
+
+    resume = commands.add_parser("resume", help="continue a run that was stopped or killed")
+    resume.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    resume.add_argument("--rounds", type=int, help="train on to this many rounds in all")
+    resume.set_defaults(act=_resume)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's clients on their held-out samples")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    evaluate.add_argument("--clients", type=int, nargs="+", default=[], metavar="ID", help="only these clients")
+    evaluate.add_argument("--aggregated", action="store_true", help="also with the aggregated global expert")
+    evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
+    evaluate.set_defaults(act=_evaluate)
+
+    doctor = commands.add_parser("doctor", help="show what this machine has and what it enables")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(act=_doctor)
+    return parser
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe import configfile
+    from fedmoe.config import Config
+
+    config = Config()
+    if rest and not rest[0].startswith("-"):
+        config = configfile.read(Path(rest.pop(0)))
+    config = configfile.override(config, rest)
+
+    from fedmoe.run import train
+
+    train(config)
+
+
+def _resume(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe.run import resume
+
+    resume(args.run, args.rounds)
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe.run import evaluate
+
+    evaluate(args.run, args.clients, args.aggregated, args.json)
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    from fedmoe import doctor
+
+    return doctor.run(["--json"] if args.json else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""A client: its model, its optimizer, its samples, the state of it that persists, and the one door out of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe import checkpoint, data, mixture, partition
+from fedmoe.config import Config
+from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
+from fedmoe.errors import UserError
+
+
+class Client:
+    """What one member of the federation owns. Nothing of it leaves but through `outgoing`.
+
+    `images` uint8 [n, channels, height, width] and `labels` int64 [n] are its own; the first `training` of them are
+    for training, the rest for its test.
+    """
+
+    def __init__(
+        self, config: Config, id: int, images: Tensor, labels: Tensor, training: int, classes: int, device: torch.device
+    ) -> None:
+        self.config, self.id, self.training = config, id, training
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.held_out = torch.arange(training, len(labels), device=device)
+        self.model = config.model.local[id % len(config.model.local)]
+        _, channels, height, width = images.shape
+        self.mixture = mixture.build(config, id, (channels, height, width), classes).to(device)
+        self.program = self.mixture.program()
+        self.global_expert: nn.Module | None = getattr(self.mixture, mixture.SHARED, None)
+        self.schema = mixture.schema(self.global_expert)
+        t = config.training
+        self.optimizer = torch.optim.SGD(
+            self.mixture.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
+        )
+        self.batch_size = min(t.batch_size, training)
+        check_batch(id, self.mixture, self.batch_size)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B]."""
+        d = self.config.data
+        return data.normalize(self.images[indices], d.mean, d.std), self.labels[indices]
+
+    def receive(self, payload: Payload) -> None:
+        """Take in a new global expert; its momentum is kept or reset as `training.theta_momentum` says."""
+        assert not violations(payload, self.schema)
+        if self.global_expert is None:
+            return
+        mixture.unpack(payload, self.global_expert)
+        if self.config.training.theta_momentum == "reset":
+            for parameter in self.global_expert.parameters():
+                self.optimizer.state.pop(parameter, None)
+
+    @contextmanager
+    def lent(self, payload: Payload) -> Iterator[None]:
+        """Within the block the global expert is the payload's; an empty payload changes nothing."""
+        own = self.payload() if payload else {}
+        try:
+            if payload and self.global_expert is not None:
+                mixture.unpack(payload, self.global_expert)
+            yield
+        finally:
+            if own and self.global_expert is not None:
+                mixture.unpack(own, self.global_expert)
+
+    def payload(self) -> Payload:
+        """A copy of what the client shares: {"theta": fp32 [P]}; nothing if it has no global expert."""
+        return {} if self.global_expert is None else mixture.pack(self.global_expert)
+
+    def state(self) -> State:
+        """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), momentum (`momentum/...`)."""
+        kept = {f"model/{name}": tensor for name, tensor in self.tensors().items()}
+        for name, parameter in self.mixture.named_parameters():
+            if parameter in self.optimizer.state:
+                kept[f"momentum/{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        return {
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, t in kept.items()
+            if t is not None
+        }
+
+    def load_state(self, state: State) -> None:
+        """Become what `state` says. Raises ValueError naming a tensor that does not fit this client."""
+        tensors, parameters = self.tensors(), dict(self.mixture.named_parameters())
+        known = {f"model/{n}": t for n, t in tensors.items()} | {f"momentum/{n}": p for n, p in parameters.items()}
+        for name in sorted(state.keys() | {f"model/{n}" for n in tensors}):
+            if name not in state or name not in known:
+                raise ValueError(f"tensor {name!r} {'is missing' if name in known else 'is unknown'}")
+            if (theirs := list(state[name].shape)) != (ours := list(known[name].shape)):
+                raise ValueError(f"tensor {name!r} is {theirs}, the client's is {ours}")
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for name, tensor in state.items():
+                kind, _, rest = name.partition("/")
+                if kind == "model":
+                    tensors[rest].copy_(tensor)
+                else:
+                    parameter = parameters[rest]
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensor)
+
+    def finite(self) -> bool:
+        """Whether every parameter and float buffer is finite."""
+        return all(bool(torch.isfinite(t).all()) for t in self.tensors().values() if t.is_floating_point())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the mixture by name, not copied."""
+        return dict(self.mixture.named_parameters()) | dict(self.mixture.named_buffers())
+
+
+def open_client(config: Config, id: int, run: Path, device: torch.device) -> Client:
+    """Client `id` of the run in folder `run`, as its last checkpoint has it, or untrained where that has none.
+
+    Raises UserError where data, partition, models or checkpoint do not fit, naming what.
+    """
+    dataset, split = load_data(config.data, config.seed), _split(run / "partition.safetensors")
+    train, test = split.train(id), split.test(id)
+    own = torch.cat([train, test])
+    client = Client(config, id, dataset.images[own], dataset.labels[own], len(train), len(dataset.classes), device)
+    manifest = checkpoint.read_manifest(run)
+    if manifest and (entry := manifest.clients.get(id)):
+        state = checkpoint.load(run, entry)
+        try:
+            client.load_state(state)
+        except ValueError as error:
+            raise UserError(f"{run / 'checkpoints' / entry.file}: {error}") from error
+    return client
+
+
+def check_batch(id: int, model: nn.Module, batch_size: int) -> None:
+    """Raise UserError where client `id` would train batch normalization on single samples."""
+    if batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise UserError(
+            f"client {id} trains with batches of 1 sample, batch normalization needs 2: raise training.batch_size "
+            "or partition.min_samples, or choose another gate.norm or model"
+        )
+
+
+load_data = lru_cache(maxsize=1)(data.load)
+"""The data set, read once for all clients of a process."""
+
+_split = lru_cache(maxsize=1)(partition.Split.load)
+
+
+def outgoing(client: int, schema: Schema, payload: Payload, weight: float, metrics: Metrics) -> Result:
+    """Let a client's contribution out: the only place through which anything leaves one.
+
+    Raises ValueError unless the payload holds exactly what `schema` declares, on the CPU, and every metric is a number
+    or a list of numbers.
+    """
+    if broken := violations(payload, schema):
+        raise ValueError(f"client {client} may not send this: {'; '.join(broken)}")
+    for name, value in metrics.items():
+        if not all(isinstance(v, int | float) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"client {client} may not send metric {name!r}: {type(value).__name__}, must be numbers")
+    return Result(client, {name: tensor.detach().clone() for name, tensor in payload.items()}, weight, metrics)

@@ -1,0 +1,155 @@
+"""The configuration: what can be set, its documentation and its defaults. Imports neither torch nor the method."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Run:
+    """Where and on what the run takes place."""
+
+    dir: str = ""
+    """Run folder; empty chooses `runs/<date>-<time>`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; `auto` takes a CUDA GPU where there is one."""
+    threads: int = 0
+    """CPU threads for arithmetic; 0 takes PyTorch's choice. The number used is saved and restored on resume."""
+    deterministic: bool = False
+    """Use deterministic algorithms only: bit-identical from run to run on a GPU too."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Federation:
+    """Who takes part and how their updates are averaged."""
+
+    clients: int = 10
+    """Number of clients, N."""
+    fraction: float = 1.0
+    """Share of the clients sampled in a round: K = max(1, round(fraction * N))."""
+    rounds: int = 20
+    """Communication rounds to train."""
+    epochs: int = 1
+    """Local epochs per round, E."""
+    aggregation: Literal["weighted", "uniform"] = "weighted"
+    """Weights of the average: training samples of each client, or equal."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Data:
+    """The data set. All its splits are pooled and then dealt to the clients."""
+
+    name: str = "digits"
+    """`digits` (embedded), a folder of parquet files, or the name of a Hugging Face data set."""
+    splits: tuple[str, ...] = ()
+    """Splits to use, by name; empty uses all."""
+    image: str = ""
+    """Image column; empty finds the only one."""
+    label: str = ""
+    """Label column; empty finds `label`, `labels`, `fine_label` or the only class-label column."""
+    image_size: int = 0
+    """Resize images to this many pixels square; 0 keeps their size (digits: 28)."""
+    limit: int = 0
+    """Use only this many samples, drawn with the seed; 0 uses all."""
+    mean: float = 0.5
+    """Subtracted from pixels scaled to [0, 1]."""
+    std: float = 0.5
+    """Divides pixels after the mean is subtracted."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Partition:
+    """How samples are dealt to clients."""
+
+    kind: Literal["pathological", "dirichlet", "iid"] = "pathological"
+    """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`."""
+    classes_per_client: int = 2
+    """Classes each client sees (pathological)."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet distribution; smaller is more skewed (dirichlet)."""
+    test_fraction: float = 0.2
+    """Share of every client's samples held out for its own test."""
+    min_samples: int = 10
+    """A partition that leaves any client fewer samples than this is refused."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Model:
+    """The clients' models: a built-in name or `package.module:factory`.
+
+    `cnn-1` to `cnn-5` are the paper's: its MNIST-size family for images up to 28 pixels, its CIFAR family above.
+    """
+
+    local: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
+    """Local models; client i uses entry i mod the number of entries."""
+    global_expert: str = "cnn-5"
+    """Model whose extractor is the global expert that all clients share."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Gate:
+    """The gating network: flatten, norm, Linear, norm, sigmoid, Linear, norm, softmax."""
+
+    norm: str = "none"
+    """Three of `switch`, `layer`, `batch`, `none` joined by `-` (input, hidden, output); or `none`, or `paper`
+    (switch-batch-batch)."""
+    hidden: int = 128
+    """Width of the hidden layer."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Training:
+    """Local training: SGD, all four modules together."""
+
+    batch_size: int = 64
+    """Samples per step; a client with fewer uses all it has."""
+    lr: float = 0.01
+    """Learning rate."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-3
+    """L2 penalty added to the gradient."""
+    theta_momentum: Literal["keep", "reset"] = "reset"
+    """What becomes of the global expert's momentum when a new global expert arrives."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Evaluation:
+    """When and what to evaluate; always on a client's own held-out samples, always the whole mixture."""
+
+    every: int = 1
+    """Evaluate after every so many rounds (and after the last)."""
+    clients: Literal["all", "sampled"] = "all"
+    """Evaluate every client, or those sampled in the round."""
+    aggregated: bool = False
+    """Also evaluate with the newly aggregated global expert in place of the client's own."""
+    batch_size: int = 512
+    """Samples per forward pass."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Checkpoint:
+    """When to write checkpoints. Files are never modified; the manifest is renamed into place last."""
+
+    every: int = 1
+    """Write a checkpoint after every so many rounds (and after the last)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Config:
+    """A federation to train."""
+
+    seed: int = 0
+    """Seed from which data order, partition, sampling, initialization and training each derive their own."""
+    method: Literal["fedmoe", "static", "local"] = "fedmoe"
+    """`fedmoe`; or a control: `static` (fixed mixing weights, no gate), `local` (no global expert, nothing shared)."""
+    static_weight: float = 0.5
+    """Weight of the global expert with `method = "static"`; the local expert has the rest."""
+    run: Run = field(default_factory=Run)
+    federation: Federation = field(default_factory=Federation)
+    data: Data = field(default_factory=Data)
+    partition: Partition = field(default_factory=Partition)
+    model: Model = field(default_factory=Model)
+    gate: Gate = field(default_factory=Gate)
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -1,0 +1,221 @@
+"""`fedmoe doctor`: what this machine has, and what each part enables. Never fails on a part that is missing."""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+PYTHON = (3, 11)
+TORCH = (2, 11)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One part of the machine; only `broken` keeps FedMoE from running."""
+
+    name: str
+    status: Literal["ok", "absent", "warning", "broken"]
+    found: str
+    """What is there, or why it is not."""
+    enables: str
+    """What it is for, or what to do."""
+
+
+def facts() -> list[Fact]:
+    """Every fact, in the order in which the parts build on each other."""
+    probes: list[Callable[[], Iterator[Fact]]] = [_python, _torch, _gpu, _triton, _native, _apex, _names, _libraries]
+    found: list[Fact] = []
+    for probe in probes:
+        try:
+            found.extend(probe())
+        except Exception as error:  # whatever a broken installation throws, the other facts still count
+            found.append(Fact(probe.__name__.lstrip("_"), "warning", _line(error), "could not be examined"))
+    return found
+
+
+def run(argv: list[str]) -> int:
+    """Print the facts as a table (`--json`: as JSON); 0, or 1 where something required is broken."""
+    parser = argparse.ArgumentParser(prog="fedmoe doctor", description="What this machine has and what it enables.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+
+    found = facts()
+    if arguments.json:
+        print(json.dumps([asdict(fact) for fact in found], indent=2, ensure_ascii=False))
+    else:
+        _print_table(found)
+    broken = [fact for fact in found if fact.status == "broken"]
+    if broken:
+        print("fedmoe doctor: " + "; ".join(f"{f.name}: {f.found}: {f.enables}" for f in broken), file=sys.stderr)
+    return int(bool(broken))
+
+
+def _print_table(found: list[Fact]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        for fact in found:
+            print(f"{fact.status:8} {fact.name}: {fact.found} ({fact.enables})")
+        return
+    styles = {"ok": "green", "absent": "dim", "warning": "yellow", "broken": "red"}
+    table = Table("part", "", "found", "enables")
+    for fact in found:  # Text: what is found may contain brackets, which rich would take for markup
+        table.add_row(fact.name, Text(fact.status, styles[fact.status]), Text(fact.found), Text(fact.enables))
+    Console().print(table)
+
+
+def _python() -> Iterator[Fact]:
+    version = platform.python_version()
+    if sys.version_info[:2] < PYTHON:
+        yield Fact("Python", "broken", version, f"install Python {_dotted(PYTHON)} or later")
+    else:
+        yield Fact("Python", "ok", f"{version}, {platform.system()} {platform.machine()}", "everything")
+
+
+def _torch() -> Iterator[Fact]:
+    torch, reason = _import("torch")
+    fix = f"pip install 'torch>={_dotted(TORCH)}'"
+    if torch is None:
+        yield Fact("PyTorch", "broken", reason, fix)
+        return
+    version = str(torch.__version__)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH:
+        yield Fact("PyTorch", "broken", f"{version} is older than {_dotted(TORCH)}", fix)
+        return
+    build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
+    yield Fact("PyTorch", "ok", f"{version}, {build}", "training on the CPU" + " and the GPU" * (build[:4] == "CUDA"))
+    yield Fact("CPU threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores", "`run.threads` sets them")
+
+
+def _gpu() -> Iterator[Fact]:
+    driver, names = _nvml()
+    torch, reason = _import("torch")
+    devices = _cuda_devices(torch)
+    if devices:
+        for index, (name, gigabytes, capability) in enumerate(devices):
+            enables = "bf16, Triton kernels, CUDA graphs" if capability >= (8, 0) else "fp32 and fp16: bf16 needs 8.0"
+            found = f"{name}, {gigabytes:.0f} GiB, compute capability {_dotted(capability)}"
+            yield Fact(f"GPU {index}", "ok", found, enables)
+    elif names and torch is not None:
+        found = f"{', '.join(names)}, which this PyTorch ({torch.__version__}) cannot use"
+        yield Fact("GPU", "warning", found, "install a CUDA build of PyTorch that suits the driver")
+    else:
+        yield Fact(
+            "GPU", "absent", f"PyTorch: {reason}" if reason else "none that PyTorch sees", "training runs on the CPU"
+        )
+    yield driver
+
+
+def _cuda_devices(torch: Any) -> list[tuple[str, float, tuple[int, int]]]:
+    """(name, GiB, compute capability) of each device; empty without torch, or where it sees none."""
+    if torch is None or not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [(p.name, p.total_memory / 2**30, (p.major, p.minor)) for p in properties]
+
+
+def _nvml() -> tuple[Fact, list[str]]:
+    """The driver, and the names of the GPUs that it (not PyTorch) sees."""
+    pynvml, reason = _import("pynvml")
+    enables = "energy, clocks and utilization in profiles"
+    if pynvml is None:
+        return Fact("NVIDIA driver", "absent", reason, f"pip install nvidia-ml-py: {enables}"), []
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return Fact("NVIDIA driver", "ok", str(version), enables), [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
+    except Exception as error:
+        return Fact("NVIDIA driver", "absent", _line(error), enables), []
+
+
+def _triton() -> Iterator[Fact]:
+    triton, reason = _import("triton")
+    if triton is None:
+        yield Fact("Triton", "absent", reason, "pip install triton: fused kernels; plain PyTorch is used instead")
+    elif _cuda_devices(_import("torch")[0]):
+        yield Fact("Triton", "ok", str(triton.__version__), "fused kernels on the GPU")
+    else:
+        yield Fact("Triton", "ok", f"{triton.__version__}, interpreter only", "checking kernels without a GPU")
+
+
+def _native() -> Iterator[Fact]:
+    host, reason = _import("fedmoe.kernels._native")
+    if host is None:
+        yield Fact("native, host", "absent", reason, "`pip install .` builds it: averaging in one pass over memory")
+    else:
+        yield Fact("native, host", "ok", "built", "averaging in one pass over memory")
+    cuda, reason = _import("fedmoe.kernels._native_cuda")
+    if cuda is None:
+        yield Fact("native, CUDA", "absent", reason, "built where nvcc is found: averaging on the GPU")
+        return
+    count, reason = cuda.device_count()
+    found = f"built; {count} device{'s' * (count != 1)}" + f": {reason}" * bool(reason)
+    yield Fact("native, CUDA", "ok" if count else "absent", found, "averaging on the GPU")
+
+
+def _apex() -> Iterator[Fact]:
+    enables = "NVIDIA's fused optimizers, as an alternative to ours"
+    if importlib.util.find_spec("apex") is None:
+        yield Fact("NVIDIA apex", "absent", "not installed", enables)
+        return
+    _import("torch")  # amp_C links against it
+    extension, missing = _import("amp_C")
+    optimizers, reason = _import("apex.optimizers")
+    if extension is not None and hasattr(optimizers, "FusedAdam"):
+        yield Fact("NVIDIA apex", "ok", "amp_C and FusedAdam", enables)
+    else:
+        found = f"the installed `apex` is unrelated to NVIDIA apex, or was built without CUDA ({missing or reason})"
+        fix = "pip uninstall apex, then build github.com/NVIDIA/apex with --cuda_ext, or do without"
+        yield Fact("NVIDIA apex", "warning", found, fix)
+
+
+def _names() -> Iterator[Fact]:
+    """Installed packages that a checkout's folders of the same name would hide from others (transformers, say)."""
+    installed = importlib.metadata.packages_distributions()
+    for name in ("kernels", "engine", "profiling"):
+        for distribution in sorted(set(installed.get(name, []))):
+            found = f"{distribution} {importlib.metadata.version(distribution)} installs a top-level `{name}`"
+            fix = f"outside a checkout nothing; at its root our folder {name}/ hides that package: run elsewhere"
+            yield Fact(f"package `{name}`", "warning", found, fix)
+
+
+def _libraries() -> Iterator[Fact]:
+    for name, distribution, enables in (
+        ("Hugging Face datasets", "datasets", "data sets by name, and local parquet"),
+        ("tensorboardX", "tensorboardX", "writing `events.*` into the run folder"),
+        ("TensorBoard", "tensorboard", "looking at `events.*`: tensorboard --logdir runs"),
+    ):
+        try:
+            yield Fact(name, "ok", importlib.metadata.version(distribution), enables)
+        except importlib.metadata.PackageNotFoundError:
+            yield Fact(name, "absent", "not installed", f"pip install {distribution}: {enables}")
+
+
+def _import(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and why not, in one line."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        return None, "not installed" if error.name == name else _line(error)
+    except (Exception, SystemExit) as error:
+        return None, _line(error)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,83 @@
+"""The gate: a small private network that weighs the two experts for each sample."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmoe.errors import UserError
+
+NORMS = ("switch", "layer", "batch", "none")
+PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}
+
+
+class SwitchNorm(nn.Module):
+    """Switchable normalization of vectors (Luo et al., arXiv 1806.10779).
+
+    Means and variances are learned convex mixtures of the layer's (over features) and the batch's (over samples; its
+    running estimate in evaluation). The paper's third source, instance statistics, has no meaning for a vector.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.mean_mix = nn.Parameter(torch.ones(2))  # order [layer, batch]
+        self.var_mix = nn.Parameter(torch.ones(2))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, F] -> [B, F]."""
+        layer_var, layer_mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        if self.training:
+            batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
+            with torch.no_grad():
+                self.running_mean.lerp_(batch_mean, self.momentum)
+                self.running_var.lerp_(batch_var, self.momentum)
+        else:
+            batch_mean, batch_var = self.running_mean, self.running_var
+        m, v = self.mean_mix.softmax(0), self.var_mix.softmax(0)
+        mean = m[0] * layer_mean + m[1] * batch_mean
+        var = v[0] * layer_var + v[1] * batch_var
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+class Gate(nn.Module):
+    """Flatten, norm, Linear, norm, sigmoid, Linear, norm: raw samples to logits in the order [global, local].
+
+    The weights of the experts are the softmax of these logits; whoever mixes takes it, fused with the mixing.
+    Arguments: `features` of a flattened sample, `hidden` width, `norm` as in the configuration (`gate.norm`).
+    """
+
+    def __init__(self, features: int, hidden: int, norm: str) -> None:
+        super().__init__()
+        first, second, third = parse_norm(norm)
+        self.norm_in = _norm(first, features)
+        self.fc1 = nn.Linear(features, hidden)
+        self.norm_hidden = _norm(second, hidden)
+        self.fc2 = nn.Linear(hidden, 2)
+        self.norm_out = _norm(third, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> logits [B, 2]."""
+        h = F.sigmoid(self.norm_hidden(self.fc1(self.norm_in(x.flatten(1)))))
+        out: Tensor = self.norm_out(self.fc2(h))
+        return out
+
+
+def parse_norm(norm: str) -> tuple[str, str, str]:
+    """The three norms that `norm` names; raises UserError where it names none."""
+    parts = tuple(PRESETS.get(norm, norm).split("-"))
+    if len(parts) != 3 or any(part not in NORMS for part in parts):
+        presets, norms = ", ".join(PRESETS), ", ".join(NORMS)
+        raise UserError(f'gate.norm is "{norm}", must be {presets}, or three of {norms} joined by "-"')
+    return parts
+
+
+def _norm(kind: str, features: int) -> nn.Module:
+    makers = {"switch": SwitchNorm, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+    return makers[kind](features) if kind in makers else nn.Identity()

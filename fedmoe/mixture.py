@@ -1,0 +1,159 @@
+"""One client's model, as the program an engine runs: two experts, a gate and a header; and theta, its shared part."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmoe import experts
+from fedmoe.config import Config
+from fedmoe.engine.program import Branch, Outputs, Program
+from fedmoe.engine.seam import Payload, Schema, TensorSpec
+from fedmoe.engine.seeds import derive
+from fedmoe.errors import UserError
+from fedmoe.gate import Gate
+from fedmoe.kernels.oracle import gated_mix
+
+Made = TypeVar("Made")
+
+SHARED = "global_expert"
+"""The one child of a mixture that is shared; every other is private and never leaves its client."""
+
+
+class StaticGate(nn.Module):
+    """Gives every sample the same weights: the control `method = "static"`."""
+
+    logits: Tensor
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        # log 0 is kept finite; its softmax is exactly 0 all the same.
+        self.register_buffer("logits", torch.tensor([math.log(max(w, 1e-300)) for w in (weight, 1 - weight)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> logits [B, 2]."""
+        return self.logits.expand(len(x), 2)
+
+
+class Mixture(nn.Module):
+    """One client's model (arXiv 2402.01350, section 3): R = a_g global(x) + a_l local(x), logits = header(R).
+
+    With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`.
+    """
+
+    def __init__(self, global_expert: nn.Module | None, local: experts.Split, gate: nn.Module | None) -> None:
+        super().__init__()
+        assert (global_expert is None) == (gate is None)
+        if global_expert is not None and gate is not None:
+            self.global_expert = global_expert
+            self.gate = gate
+        self.local_expert = local.extractor
+        self.header = local.header
+
+    def branches(self) -> Mapping[str, Branch]:
+        """The parts that depend on the input alone."""
+        names = {"global": "global_expert", "local": "local_expert", "gate": "gate"}
+        return {branch: child for branch, name in names.items() if (child := getattr(self, name, None)) is not None}
+
+    def logits(self, outputs: Outputs) -> Tensor:
+        """Branch outputs -> logits [B, C]."""
+        mixed = (
+            gated_mix(outputs["global"], outputs["local"], outputs["gate"]) if "gate" in outputs else outputs["local"]
+        )
+        out: Tensor = self.header(mixed)
+        return out
+
+    def join(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Branch outputs and targets [B] -> (mean cross-entropy [], correct predictions [])."""
+        logits = self.logits(outputs)
+        return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, channels, height, width] -> logits [B, C], by the whole mixture."""
+        return self.logits(self.program().run(x))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The experts' weights [B, 2] for each sample, order [global, local]; not defined for the local model alone."""
+        weights: Tensor = self.gate(x).softmax(dim=1)
+        return weights
+
+    def program(self) -> Program:
+        """This mixture as an engine runs it."""
+        children = [name for name, _ in self.named_children()]
+        return Program(
+            modules=self,
+            branches=self.branches(),
+            logits=self.logits,
+            join=self.join,
+            segments={
+                "theta": tuple(name for name in children if name == SHARED),
+                "private": tuple(name for name in children if name != SHARED),
+            },
+        )
+
+
+def build(config: Config, client: int, shape: tuple[int, int, int], classes: int) -> Mixture:
+    """Client `client`'s untrained mixture for images of `shape` (channels, height, width).
+
+    Every part has a seed of its own, so the controls start from the same local model; the global expert's is the same
+    for all clients. Raises UserError where the experts' representations differ in width.
+    """
+    name = config.model.local[client % len(config.model.local)]
+    local = _seeded(config.seed, "init/local", client, lambda: experts.build(name, shape, classes))
+    if config.method == "local":
+        return Mixture(None, local, None)
+    shared = build_global(config, shape, classes)
+    ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
+    if ours != theirs:
+        raise UserError(
+            f"local model {name!r} represents an image in {ours} numbers, global expert "
+            f"{config.model.global_expert!r} in {theirs}: both must be equal; change model.local or model.global_expert"
+        )
+    gate: nn.Module = StaticGate(config.static_weight)
+    if config.method == "fedmoe":
+        features = math.prod(shape)
+        gate = _seeded(config.seed, "init/gate", client, lambda: Gate(features, config.gate.hidden, config.gate.norm))
+    return Mixture(shared, local, gate)
+
+
+def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The untrained global expert: every client and the server start from the same."""
+    return _seeded(
+        config.seed, "init/global", 0, lambda: experts.build(config.model.global_expert, shape, classes)
+    ).extractor
+
+
+def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
+    """What theta consists of: parameters, then float buffers, in registration order; integer buffers never leave."""
+    return [*global_expert.parameters(), *(b for b in global_expert.buffers() if b.is_floating_point())]
+
+
+def pack(global_expert: nn.Module) -> Payload:
+    """A copy of the global expert as the payload {"theta": fp32 [P]} on the CPU."""
+    flat = torch.cat([t.detach().reshape(-1).float() for t in theta_tensors(global_expert)])
+    return {"theta": flat.cpu()}
+
+
+def unpack(payload: Payload, global_expert: nn.Module) -> None:
+    """Write the payload's theta into the global expert, in place."""
+    tensors = theta_tensors(global_expert)
+    with torch.no_grad():
+        for tensor, flat in zip(tensors, payload["theta"].split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(flat.view_as(tensor))
+
+
+def schema(global_expert: nn.Module | None) -> Schema:
+    """What may leave a client: theta alone; with no global expert, nothing."""
+    if global_expert is None:
+        return {}
+    return {"theta": TensorSpec(torch.float32, (sum(t.numel() for t in theta_tensors(global_expert)),))}
+
+
+def _seeded(seed: int, stream: str, client: int, make: Callable[[], Made]) -> Made:
+    """What `make` makes, with PyTorch's generators seeded for this use and put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, stream, client))
+        return make()

@@ -1,0 +1,138 @@
+"""The plain loop: how anyone would train these clients, one after the other, eagerly; the oracle and the baseline.
+
+Everything faster must give what this gives.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from fedmoe.client import Client, open_client, outgoing
+from fedmoe.config import Config
+from fedmoe.engine.seam import Job, Metrics, Result, State
+from fedmoe.engine.seeds import derive, generator
+from fedmoe.profiling import flops
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; the step in hand was finished."""
+
+
+class ReferenceEngine:
+    """Trains and evaluates the clients of the run in folder `run`; see `fedmoe.engine.seam.Engine`.
+
+    Every client that was ever used stays in memory. Setting `stop` makes `run` raise Interrupted after the step it is
+    in; whoever set it then calls `rollback`.
+    """
+
+    def __init__(self, config: Config, run: Path, device: torch.device, stop: threading.Event | None = None) -> None:
+        self.config, self.folder, self.device = config, run, device
+        self.stop = stop or threading.Event()
+        self._clients: dict[int, Client] = {}
+        self._before: dict[int, State] = {}  # of the clients trained since the last commit
+        self._changed: set[int] = set()
+        self._flops_per_sample: dict[str, int] = {}
+
+    def client(self, id: int) -> Client:
+        """The client, opened on first use."""
+        if id not in self._clients:
+            client = open_client(self.config, id, self.folder, self.device)
+            if client.model not in self._flops_per_sample:
+                self._flops_per_sample[client.model] = _training_flops(client)
+            self._clients[id] = client
+        return self._clients[id]
+
+    def run(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield a result for every job, in job order."""
+        work = self._train if kind == "train" else self._evaluate
+        for job in jobs:
+            yield work(self.client(job.client), job)
+
+    def commit(self) -> None:
+        """Keep the state of every client trained since the last commit."""
+        self._changed |= self._before.keys()
+        self._before.clear()
+
+    def rollback(self) -> None:
+        """Return every client trained since the last commit to its state at that commit."""
+        for id, state in self._before.items():
+            self.client(id).load_state(state)
+        self._before.clear()
+
+    def changed(self) -> dict[int, State]:
+        """Copies of the states of all clients committed since this was last called, by client."""
+        states = {id: self.client(id).state() for id in sorted(self._changed)}
+        self._changed.clear()
+        return states
+
+    def _train(self, client: Client, job: Job) -> Result:
+        start = time.perf_counter()
+        self._before[client.id] = before = client.state()
+        client.receive(job.payload)
+        client.mixture.train()
+        epochs, size = int(job.settings["epochs"]), client.batch_size
+        steps = client.training // size  # the last partial batch is dropped
+        losses = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for epoch in range(epochs):
+            place = (client.id, job.round, epoch)
+            order = torch.randperm(client.training, generator=generator(self.config.seed, "order", *place))
+            torch.manual_seed(derive(self.config.seed, "dropout", *place))
+            for indices in order.to(self.device).split(size)[:steps]:
+                if self.stop.is_set():
+                    raise Interrupted
+                x, y = client.batch(indices)
+                loss, hits = client.program.join(client.program.run(x), y)
+                client.optimizer.zero_grad()
+                loss.backward()
+                client.optimizer.step()
+                losses += loss.detach()
+                correct += hits
+        samples = epochs * steps * size
+        metrics: Metrics = {
+            "samples": samples,
+            "flops": samples * self._flops_per_sample[client.model],
+            "rolled_back": 0,
+        }
+        if not (bool(torch.isfinite(losses)) and client.finite()):
+            client.load_state(before)
+            del self._before[client.id]
+            metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
+            return outgoing(client.id, client.schema, job.payload, 0, metrics)
+        metrics |= {"loss": losses.item() / (epochs * steps), "accuracy": correct.item() / samples}
+        metrics["seconds"] = time.perf_counter() - start
+        return outgoing(client.id, client.schema, client.payload(), client.training, metrics)
+
+    @torch.no_grad()
+    def _evaluate(self, client: Client, job: Job) -> Result:
+        """With the client's own global expert, or with the job's where it brings one; neither changes the client."""
+        start = time.perf_counter()
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        client.mixture.eval()
+        with client.lent(job.payload):
+            for indices in client.held_out.split(self.config.evaluation.batch_size):
+                if self.stop.is_set():
+                    raise Interrupted
+                x, y = client.batch(indices)
+                logits = client.program.logits(client.program.run(x))
+                loss += F.cross_entropy(logits, y, reduction="sum")
+                correct += (logits.argmax(1) == y).sum()
+        n = len(client.held_out)
+        metrics: Metrics = {"accuracy": correct.item() / n, "loss": loss.item() / n}
+        metrics["seconds"] = time.perf_counter() - start
+        return outgoing(client.id, {}, {}, n, metrics)
+
+
+def _training_flops(client: Client) -> int:
+    """FLOPs of forward and backward for one sample, counted on a copy, so that nothing of the client changes."""
+    mixture = copy.deepcopy(client.mixture).train()
+    program = mixture.program()
+    x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
+    return flops.count(lambda: program.join(program.run(x), y)[0].backward()) // len(x)

@@ -1,0 +1,1 @@
+"""The arithmetic: kernels, their launchers, plain PyTorch oracles and the native extension's sources."""

@@ -1,0 +1,1 @@
+"""The instruments: what a step costs, measured from outside the thing measured."""

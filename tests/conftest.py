@@ -1,0 +1,57 @@
+"""Fixtures: a small federation on the embedded digits, its run folder, and the command line in a process of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmoe import partition
+from fedmoe.client import load_data
+from fedmoe.config import Config, Data, Federation, Training
+from fedmoe.reference import ReferenceEngine
+from tests.support import Command, Done
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small models are fastest on one thread, and equality is then independent of the machine's load."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config() -> Config:
+    """Five clients, one for each CNN, 300 digits."""
+    return Config(
+        federation=Federation(clients=5, rounds=3),
+        data=Data(limit=300),
+        training=Training(batch_size=16, lr=0.05),
+    )
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[Config], ReferenceEngine]:
+    """Makes an engine over a fresh run folder, with its partition dealt."""
+    count = 0
+
+    def make(config: Config) -> ReferenceEngine:
+        nonlocal count
+        run = tmp_path / f"engine-{count}"
+        count += 1
+        run.mkdir()
+        data = load_data(config.data, config.seed)
+        n = config.federation.clients
+        partition.deal(data.labels, len(data.classes), config.partition, n, config.seed).save(
+            run / "partition.safetensors"
+        )
+        return ReferenceEngine(config, run, CPU)
+
+    return make
+
+
+@pytest.fixture
+def fedmoe(tmp_path: Path) -> Callable[..., Done]:
+    """Runs the command line to its end, in an empty working directory."""
+    return lambda *words, **options: Command(tmp_path, *words, **options).wait()

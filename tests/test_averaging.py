@@ -1,0 +1,178 @@
+"""Weighted averaging: the oracle against NumPy in fp64, the native path against the oracle bit by bit."""
+
+import importlib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmoe.kernels import averaging
+from fedmoe.kernels.averaging import weighted_mean, weighted_mean_native, weighted_mean_native_supported
+
+BUILT, REASON = weighted_mean_native_supported([])
+needs_native = pytest.mark.skipif(not BUILT, reason=REASON)
+BOTH = [weighted_mean, pytest.param(weighted_mean_native, marks=needs_native)]
+Mean = Callable[..., Tensor]
+
+
+def updates_and_weights(count: int, size: int, seed: int = 0) -> tuple[list[Tensor], list[float]]:
+    generator = torch.Generator().manual_seed(seed)
+    updates = [torch.randn(size, generator=generator) * 10.0 ** (k % 5 - 2) for k in range(count)]
+    return updates, (torch.rand(count, generator=generator, dtype=torch.float64) + 0.01).tolist()
+
+
+def test_extension_is_built_where_required() -> None:
+    if os.environ.get("FEDMOE_REQUIRE_NATIVE") != "1":
+        pytest.skip("FEDMOE_REQUIRE_NATIVE=1 is not set")
+    assert BUILT, REASON
+
+
+@pytest.mark.parametrize("mean", BOTH)
+@pytest.mark.parametrize("size", [0, 1, 7, 8191, 8192, 8193, 20_000])  # around the native block of 8192
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_equals_numpy_in_fp64(mean: Mean, count: int, size: int) -> None:
+    updates, weights = updates_and_weights(count, size)
+    expected = np.average(np.stack([u.numpy() for u in updates]).astype(np.float64), axis=0, weights=weights)
+    actual = mean(updates, weights)
+    assert actual.dtype == torch.float32 and actual.shape == (size,)
+    # fp64 sums: only the last rounding to fp32 is left, half a unit in the last place, and a tie's other side.
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=2**-23, atol=1e-12)
+
+
+@needs_native
+@given(
+    count=st.integers(1, 12),
+    size=st.sampled_from([1, 5, 8191, 8193]),
+    seed=st.integers(0, 1000),
+    integers=st.booleans(),
+)
+def test_native_is_bit_identical(count: int, size: int, seed: int, integers: bool) -> None:
+    updates, weights = updates_and_weights(count, size, seed)
+    if integers:
+        weights = [round(1000 * weight) for weight in weights]
+    assert torch.equal(weighted_mean_native(updates, weights), weighted_mean(updates, weights))
+
+
+@pytest.mark.parametrize("mean", BOTH)
+def test_non_finite_and_large_values_pass_through(mean: Mean) -> None:
+    updates = [torch.tensor([math.inf, math.nan, 3e38, 1.0]), torch.tensor([1.0, 1.0, 3e38, 1.0])]
+    actual = mean(updates, [1, 3])
+    assert actual.isfinite().tolist() == [False, False, True, True]  # 6e38 overflows fp32, not the fp64 sum
+    assert torch.equal(actual[2:], updates[0][2:])
+
+
+@pytest.mark.parametrize("mean", BOTH)
+def test_writes_into_out_and_may_alias_an_update(mean: Mean) -> None:
+    updates, weights = updates_and_weights(3, 10_000)
+    expected, out = mean(updates, weights), torch.empty(10_000)
+    assert mean(updates, weights, out) is out
+    assert torch.equal(out, expected)
+    mean(updates, weights, out=updates[1])
+    assert torch.equal(updates[1], expected)
+
+
+@pytest.mark.parametrize("mean", BOTH)
+def test_a_client_of_weight_zero_does_not_count(mean: Mean) -> None:
+    updates, _ = updates_and_weights(2, 5)
+    assert torch.equal(mean(updates, [0, 3]), updates[1])
+
+
+@pytest.mark.parametrize("mean", BOTH)
+def test_parameters_are_averaged_without_gradient(mean: Mean) -> None:
+    updates = [torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    out = torch.empty(3, requires_grad=True)
+    for result in (mean(updates, [1, 1]), mean(updates, [1, 1], out)):
+        assert result.grad_fn is None and result.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("mean", BOTH)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], []), "at least one update, got 0"),
+        (([torch.ones(2)], [1, 2]), "1 updates, but 2 weights"),
+        (([torch.ones(2), torch.ones(3)], [1, 2]), "updates[1] has shape (3,), updates[0] has (2,)"),
+        (([torch.ones(2)], [1], torch.ones(4)), "out has shape (4,), updates[0] has (2,)"),
+        (([torch.ones(2, 2)], [1]), "updates[0] has shape (2, 2), expected one dimension"),
+        (([torch.ones(2), torch.ones(2)], [1, -1]), "weights[1] is -1, expected finite and not negative"),
+        (([torch.ones(2)], [math.nan]), "weights[0] is nan"),
+        (([torch.ones(2), torch.ones(2)], [0, 0]), "the 2 weights sum to 0"),
+        (([torch.ones(2), torch.ones(2)], [1e308, 1e308]), "the 2 weights sum to inf"),
+    ],
+)
+def test_errors_name_both_values(mean: Mean, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mean(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.ones(4, dtype=torch.float64), "tensor 1 is torch.float64, not torch.float32"),
+        (torch.ones(8)[::2], "tensor 1 is not contiguous: shape (4,), strides (2,)"),
+        (torch.ones(4, device="meta"), "tensor 1 is on meta, not cpu"),
+    ],
+)
+def test_unsupported_tensors_are_refused_with_the_reason(tensor: Tensor, reason: str) -> None:
+    assert weighted_mean_native_supported([torch.ones(4), tensor]) == (False, reason)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        weighted_mean_native([torch.ones(4), tensor], [1, 1])
+
+
+def test_missing_extension_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "_native", None)
+    supported, reason = weighted_mean_native_supported([torch.ones(2)])
+    assert not supported and "pip install" in reason
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("out", "updates", "weights", "message"),
+    [
+        (np.ones(3, np.float32), [], [], "got 0"),
+        (np.ones(3, np.float32), [np.ones(3, np.float32)], [1.0, 2.0], "1 updates, but 2 weights"),
+        (np.ones(3, np.float32), [np.ones(3)], [1.0], "updates[0] is float64, expected float32"),
+        (np.ones(3, np.float32), [np.ones(6, np.float32)[::2]], [1.0], "updates[0] has stride 2, expected 1"),
+        (np.ones(3, np.float32), [np.ones((3, 3), np.float32)], [1.0], "updates[0] has 2 dimensions, expected 1"),
+        (np.ones(2, np.float32), [np.ones(3, np.float32)], [1.0], "out has 2 elements, updates[0] has 3"),
+        (np.ones(3, np.int32), [np.ones(3, np.float32)], [1.0], "out is int32, expected float32"),
+    ],
+)
+def test_the_extension_checks_what_memory_safety_rests_on(out: Any, updates: Any, weights: Any, message: str) -> None:
+    native = importlib.import_module("fedmoe.kernels._native")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        native.weighted_mean(out, updates, weights)
+
+
+HAS_CUDA_PART = importlib.util.find_spec("fedmoe.kernels._native_cuda") is not None
+needs_cuda_part = pytest.mark.skipif(not HAS_CUDA_PART, reason="fedmoe.kernels._native_cuda: no nvcc at build time")
+
+
+@needs_cuda_part
+def test_cuda_part_reports_devices_or_the_reason() -> None:
+    count, reason = importlib.import_module("fedmoe.kernels._native_cuda").device_count()
+    assert count >= 0 and bool(reason) == (count == 0)
+
+
+@needs_cuda_part
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 1023, 5_000_001])
+@pytest.mark.parametrize("offset", [0, 1])  # 1: not aligned to 16 bytes
+def test_device_accumulation(size: int, offset: int) -> None:
+    native = importlib.import_module("fedmoe.kernels._native_cuda")
+    theta, update = torch.randn(2, size + offset, device="cuda").unbind()
+    theta, update = theta.clone()[offset:], update.clone()[offset:]
+    expected = (theta.double() + 0.3 * update.double()).float()
+    stream = torch.cuda.current_stream().cuda_stream
+    native.weighted_accumulate(theta.data_ptr(), update.data_ptr(), 0.3, size, stream)
+    torch.testing.assert_close(theta, expected)

@@ -1,0 +1,303 @@
+"""The command line: help within a moment, and every kind of bad input in one line, with nothing on disk harmed."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmoe import checkpoint, metrics
+from tests.support import ROOT, SMALL, Command, Done
+from tests.test_data import write
+
+Fedmoe = Callable[..., Done]
+Disk = dict[Path, bytes]
+
+
+def disk(folder: Path) -> Disk:
+    """All files below a folder, but for the empty lock."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, fedmoe: Fedmoe) -> Path:
+    """A run of two rounds, extended to have something to resume."""
+    assert fedmoe("train", *SMALL, "--run.dir=run").code == 0
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("rounds = 2", "rounds = 4"))
+    return tmp_path / "run"
+
+
+def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+
+
+def test_help_and_version_need_neither_torch_nor_the_extension() -> None:
+    for words in (["--help"], ["resume", "--help"], ["train", "--help"], ["--version"]):
+        done = python(
+            "import sys\nfrom fedmoe.cli import main\n"
+            f"try:\n    main({words})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+            "print([m for m in ('torch', 'numpy', 'fedmoe.kernels._native') if m in sys.modules])"
+        )
+        assert done.stdout.endswith("[]\n"), done.stdout
+
+
+def test_help_lists_commands_and_every_field(fedmoe: Fedmoe) -> None:
+    done = python("from fedmoe.cli import main; main(['train', '--help'])")
+    for option in (
+        "--seed",
+        "--federation.rounds",
+        "--gate.norm",
+        "--training.theta_momentum",
+        "--run.no_deterministic",
+    ):
+        assert option in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "fedmoe", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for command in ("train", "resume", "eval", "doctor"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_wrong_usage_is_one_line_and_exit_code_2() -> None:
+    for words in (["trane"], [], ["resume"], ["eval", "x", "--what"], ["resume", "x", "--rounds", "many"]):
+        done = subprocess.run([sys.executable, "-m", "fedmoe", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("fedmoe: error: ")
+
+
+NARROW = """
+from torch import nn
+
+def make(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32)), nn.Linear(32, classes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--federation.round=3"], "unknown key '--federation.round'; the nearest is 'federation.rounds'"),
+        (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory"),
+        (["--federation.rounds=0"], "federation.rounds is 0, must be more than 0"),
+        (["--run.device=cuda"], 'run.device is "cuda", but PyTorch'),
+        (["--federation.clients=100"], "clients of at least 10 samples need 1000, the data set has 300"),
+        (
+            ["--partition.kind=dirichlet", "--partition.min_samples=55"],
+            "no Dirichlet split in 11 draws gives each of 5 clients",
+        ),
+        (["--model.local=narrow:make"], "in 32 numbers, global expert 'cnn-5' in 50: both must be equal"),
+        (["--model.local=cnn-9"], "model 'cnn-9' is none of cnn-1"),
+        (["--data.name=./nowhere"], "nowhere does not exist"),
+        (["--data.image_size=8"], "needs images of at least 16x16 pixels, not 8x8"),
+        (["--gate.norm=bach"], 'gate.norm is "bach", must be none, paper, or three of'),
+        (
+            ["--gate.norm=paper", "--training.batch_size=1"],
+            "trains with batches of 1 sample, batch normalization needs 2",
+        ),
+    ],
+)
+def test_bad_setting(tmp_path: Path, fedmoe: Fedmoe, words: list[str], line: str) -> None:
+    (tmp_path / "narrow.py").write_text(NARROW)
+    before = disk(tmp_path)
+    path = [w for w in words if w.endswith(".toml")]
+    rest = [w for w in words if w not in path]
+    done = fedmoe("train", *path, *SMALL, "--run.dir=run", *rest)
+    assert line in done.one_line()
+    after = {p: c for p, c in disk(tmp_path).items() if "__pycache__" not in p.parts}
+    assert after == before
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_where_one_was_asked_for_says_what_to_do(fedmoe: Fedmoe) -> None:
+    assert fedmoe("train", "--run.device=cuda").one_line().endswith('use "auto" or "cpu"')
+
+
+def damage_file(folder: Path) -> str:
+    path = folder / "test-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "test-00000-of-00001.parquet: not a whole parquet file"
+
+
+def damage_label(folder: Path) -> str:
+    write(folder / "test-00000-of-00001.parquet", [0, 1, 7])
+    return "test-00000-of-00001.parquet: row 2: label 7 out of range, 0 to 2"
+
+
+def damage_image(folder: Path) -> str:
+    write(folder / "test-00000-of-00001.parquet", [0, 1], images=[b"no image", b""])
+    return "test-00000-of-00001.parquet: row 0: image cannot be decoded"
+
+
+@pytest.mark.parametrize("damage", [damage_file, damage_label, damage_image])
+def test_bad_data(tmp_path: Path, fedmoe: Fedmoe, damage: Callable[[Path], str]) -> None:
+    folder = tmp_path / "images"
+    write(folder / "train-00000-of-00001.parquet", [row % 3 for row in range(60)])
+    write(folder / "test-00000-of-00001.parquet", [0, 1, 2])
+    line = damage(folder)
+    before = disk(tmp_path)
+    done = fedmoe("train", "--data.name=images", "--run.dir=run", "--federation.clients=3", "--data.image_size=28")
+    assert line in done.one_line()
+    assert disk(tmp_path) == before
+
+
+def spoil_client(run: Path) -> str:
+    path = next((run / "checkpoints").glob("client-3.*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    return f"{path.name}: SHA-256 is "
+
+
+def spoil_server(run: Path) -> str:
+    path = next((run / "checkpoints").glob("server.*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    return f"{path.name}: size is "
+
+
+def spoil_manifest(run: Path) -> str:
+    path = run / "checkpoints" / "manifest.json"
+    path.write_text(path.read_text()[:-10])
+    return "manifest.json: not a manifest"
+
+
+def spoil_missing(run: Path) -> str:
+    next((run / "checkpoints").glob("client-0.*")).unlink()
+    return "but the manifest names it"
+
+
+def spoil_partition(run: Path) -> str:
+    path = run / "partition.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    return "partition.safetensors: fingerprint is "
+
+
+def spoil_config(run: Path) -> str:
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("rounds", "round"))
+    return "config.toml: unknown key 'federation.round'; the nearest is 'federation.rounds'"
+
+
+def spoil_environment(run: Path) -> str:
+    (run / "environment.json").write_text("{")
+    return "environment.json: cannot be read (JSONDecodeError"
+
+
+@pytest.mark.parametrize("command", ["resume", "eval"])
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_client, spoil_server, spoil_manifest, spoil_missing, spoil_partition, spoil_config, spoil_environment],
+)
+def test_bad_run(run: Path, fedmoe: Fedmoe, spoil: Callable[[Path], str], command: str) -> None:
+    line = spoil(run)
+    before = disk(run)
+    assert line in fedmoe(command, run).one_line()
+    assert disk(run) == before
+
+
+def test_folders_that_are_no_runs_or_are_already(tmp_path: Path, run: Path, fedmoe: Fedmoe) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all my work")
+    before = disk(tmp_path)
+    for command in ("resume", "eval"):
+        assert "is not a run, it has no config.toml" in fedmoe(command, "mine").one_line()
+    assert (
+        "mine exists and is not a run: choose another --run.dir" in fedmoe("train", *SMALL, "--run.dir=mine").one_line()
+    )
+    line = fedmoe("train", *SMALL, "--run.dir=run").one_line()
+    assert "run already holds a run: continue it with `fedmoe resume run`" in line
+    assert "there is no client 5: the run has clients 0 to 4" in fedmoe("eval", run, "--clients", 5).one_line()
+    assert disk(tmp_path) == before
+
+
+def test_one_process_at_a_time(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    first = Command(tmp_path, "train", *SMALL, "--run.dir=run", "--federation.rounds=500")
+    deadline = time.monotonic() + 60
+    while not metrics.read(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "run is in use by another process" in fedmoe("resume", "run").one_line()
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait().code == 130
+    # The lock goes with the process, even one that is killed.
+    second = Command(tmp_path, "resume", "run")
+    time.sleep(0.5)
+    second.process.kill()
+    second.wait()
+    assert "has trained" not in fedmoe("resume", "run", "--rounds=1").out
+
+
+def limit_file_size(limit: int) -> None:
+    """Files of this process can grow to `limit` bytes, then writing fails as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_keeps_the_last_checkpoint(full_disk: Path, tmp_path: Path) -> None:
+    """One checkpoint of about 7.5 MB fits, the next beside it does not."""
+    run = full_disk / "run"
+    done = Command(tmp_path, "train", *SMALL, f"--run.dir={run}").wait()
+    assert done.code == 1, done
+    assert (
+        "No space left on device; the last checkpoint is whole: make room, then continue with: fedmoe resume"
+        in done.one_line()
+    )
+    manifest = checkpoint.read_manifest(run)
+    assert manifest is not None
+    assert manifest.round == 1
+    subprocess.run(["mount", "-o", "remount,size=64m", full_disk], check=True)
+    assert Command(tmp_path, "resume", run).wait().code == 0
+
+
+def test_write_that_fails_keeps_the_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    """The same where nothing can be mounted: no file may exceed 1 MB, which the clients' do."""
+    before = {p: c for p, c in disk(run).items() if p.parts[0] == "checkpoints"}
+    done = Command(tmp_path, "resume", run, plant=limit_file_size, plant_args=(10**6,)).wait()
+    assert (
+        "File too large; the last checkpoint is whole: make room, then continue with: fedmoe resume" in done.one_line()
+    )
+    after = disk(run)
+    assert {p: after[p] for p in before} == before
+    assert Command(tmp_path, "resume", run).wait().code == 0
+
+
+def test_start_that_was_killed_before_it_was_a_run_can_be_repeated(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "partition.safetensors", ".config.toml.tmp"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    assert "is not a run" in fedmoe("resume", "run").one_line()
+    assert fedmoe("train", *SMALL, "--run.dir=run").code == 0
+
+
+def test_traceback_on_request(fedmoe: Fedmoe) -> None:
+    done = fedmoe("resume", "nowhere", env={"FEDMOE_TRACEBACK": "1"})
+    assert done.code == 1
+    assert "Traceback" in done.err
+
+
+def test_no_module_can_unpickle() -> None:
+    """Nothing here imports a pickle, and no loader that may use one is called."""
+    for folder in ("fedmoe", "engine", "kernels", "profiling"):
+        for path in (ROOT / folder).glob("*.py"):
+            text = path.read_text()
+            for word in ("import pickle", "torch.load(", "np.load(", "numpy.load(", "joblib", "allow_pickle"):
+                assert word not in text, (path, word)

@@ -1,0 +1,164 @@
+"""A client keeps what is its own, takes in theta, and lets nothing else out."""
+
+import ast
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fedmoe.client import outgoing
+from fedmoe.config import Config
+from fedmoe.engine.seam import Job, Metrics, TensorSpec
+from fedmoe.errors import UserError
+from fedmoe.reference import ReferenceEngine
+from tests.support import ROOT, changed
+
+Opened = Callable[[Config], ReferenceEngine]
+SCHEMA = {"theta": TensorSpec(torch.float32, (3,))}
+
+
+def train(engine: ReferenceEngine, client: int, number: int = 1) -> None:
+    theta = engine.client(client).payload()
+    list(engine.run("train", [Job(client, number, theta, {"epochs": 1})]))
+
+
+def test_outgoing_lets_out_exactly_the_schema() -> None:
+    theta = torch.ones(3)
+    result = outgoing(2, SCHEMA, {"theta": theta}, 5, {"loss": 0.5, "steps": [1, 2]})
+    assert (result.client, result.weight, dict(result.metrics)) == (2, 5, {"loss": 0.5, "steps": [1, 2]})
+    assert torch.equal(result.payload["theta"], theta)
+    assert result.payload["theta"].data_ptr() != theta.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"theta": torch.ones(3), "gate": torch.ones(1)},
+        {"header": torch.ones(3)},
+        {"theta": torch.ones(4)},
+        {"theta": torch.ones(3).half()},
+        {},
+    ],
+)
+def test_outgoing_refuses_anything_else(payload: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="client 2 may not send this: "):
+        outgoing(2, SCHEMA, payload, 1, {})
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), "text", {"a": 1}, [torch.ones(1)], [[1]], None])
+def test_outgoing_refuses_metrics_that_are_not_numbers(value: object) -> None:
+    metrics: Metrics = {"loss": value}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="client 2 may not send metric 'loss'"):
+        outgoing(2, SCHEMA, {"theta": torch.ones(3)}, 1, metrics)
+
+
+def test_results_are_made_in_outgoing_alone() -> None:
+    """A Result built anywhere else would be a second door."""
+    makers = []
+    for folder in ("fedmoe", "engine", "kernels", "profiling"):
+        for path in (ROOT / folder).glob("*.py"):
+            for function in ast.walk(ast.parse(path.read_text())):
+                if isinstance(function, ast.FunctionDef):
+                    calls = [c.func for c in ast.walk(function) if isinstance(c, ast.Call)]
+                    names = [c.id if isinstance(c, ast.Name) else getattr(c, "attr", "") for c in calls]
+                    makers += [(path.name, function.name)] * names.count("Result")
+    assert makers == [("client.py", "outgoing")]
+
+
+def test_nothing_private_reaches_the_server(config: Config, opened: Opened) -> None:
+    """What a real round hands over is theta to the bit, in memory of its own, and numbers."""
+    engine = opened(config)
+    for client in range(5):
+        theta = engine.client(client).payload()
+        [result] = engine.run("train", [Job(client, 1, theta, {"epochs": 1})])
+        owner = engine.client(client)
+        assert owner.global_expert is not None
+        expected = torch.cat([p.detach().reshape(-1) for p in owner.global_expert.parameters()])
+        assert result.payload.keys() == {"theta"}
+        assert torch.equal(result.payload["theta"], expected)
+        sent = result.payload["theta"].untyped_storage().data_ptr()
+        assert sent not in {t.untyped_storage().data_ptr() for t in owner.tensors().values()}
+        assert all(isinstance(value, int | float) for value in result.metrics.values())
+        [result] = engine.run("evaluate", [Job(client, 1, {})])
+        assert result.payload == {}
+
+
+def test_state_is_everything_and_goes_back_in(config: Config, opened: Opened) -> None:
+    config = changed(config, gate={"norm": "paper"})
+    a, b = opened(config), opened(config)
+    train(a, 0)
+    state = a.client(0).state()
+    b.client(0).load_state(state)
+    again = b.client(0).state()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    momenta = [name for name in state if name.startswith("momentum/")]
+    assert len(momenta) == len(list(a.client(0).mixture.parameters()))
+    # Only what is in the state matters: both go on alike.
+    train(a, 0, 2)
+    train(b, 0, 2)
+    one, other = a.client(0).state(), b.client(0).state()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], state[name]) for name in one)
+
+
+def test_state_is_a_copy(config: Config, opened: Opened) -> None:
+    engine = opened(config)
+    state = engine.client(0).state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    train(engine, 0)
+    assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda s: s.pop("model/header.bias"), "'model/header.bias' is missing"),
+        (lambda s: s.update({"model/extra": torch.ones(1)}), "'model/extra' is unknown"),
+        (
+            lambda s: s.update({"model/header.bias": torch.ones(3)}),
+            r"'model/header.bias' is \[3\], the client's is \[10\]",
+        ),
+    ],
+)
+def test_state_of_another_shape_is_refused(
+    config: Config, opened: Opened, spoil: Callable[[dict[str, torch.Tensor]], object], complaint: str
+) -> None:
+    client = opened(config).client(0)
+    state = client.state()
+    spoil(state)
+    with pytest.raises(ValueError, match=complaint):
+        client.load_state(state)
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_momentum_of_theta_is_kept_or_reset_when_theta_arrives(config: Config, opened: Opened, policy: str) -> None:
+    engine = opened(changed(config, training={"theta_momentum": policy}))
+    train(engine, 0)
+    client = engine.client(0)
+    before = client.state()
+    client.receive({"theta": torch.zeros_like(client.payload()["theta"])})
+    after = client.state()
+    shared = {n for n in before if n.startswith("momentum/global_expert.")}
+    private = {n for n in before if n.startswith("momentum/")} - shared
+    assert shared
+    assert all(torch.equal(before[n], after[n]) for n in private)
+    if policy == "keep":
+        assert all(torch.equal(before[n], after[n]) for n in shared)
+    else:
+        assert not shared & after.keys()
+
+
+def test_lent_theta_is_given_back(config: Config, opened: Opened) -> None:
+    client = opened(config).client(0)
+    own = client.payload()["theta"]
+    with pytest.raises(RuntimeError), client.lent({"theta": torch.zeros_like(own)}):
+        assert client.payload()["theta"].abs().max() == 0
+        raise RuntimeError
+    assert torch.equal(client.payload()["theta"], own)
+
+
+def test_batch_normalization_with_batches_of_one_is_refused(config: Config, opened: Opened) -> None:
+    engine = opened(changed(config, training={"batch_size": 1}, gate={"norm": "paper"}))
+    with pytest.raises(UserError, match="client 0 trains with batches of 1 sample, batch normalization needs 2"):
+        engine.client(0)

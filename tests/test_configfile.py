@@ -1,0 +1,120 @@
+"""Configurations are read, overridden and saved without loss; every complaint is one line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedmoe.config import Config, Federation, Model
+from fedmoe.configfile import check, override, read, save
+from fedmoe.errors import UserError
+from tests.support import ROOT, changed
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_file_then_options(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'seed = 3\n[federation]\nrounds = 7\nfraction = 0.5\n[data]\nsplits = ["train", "test"]\n')
+    config = override(read(path), ["--federation.rounds", "50", "--run.dir", "a b", "--run.deterministic"])
+    assert (config.seed, config.federation.rounds, config.federation.fraction) == (3, 50, 0.5)
+    assert (config.data.splits, config.run.dir, config.run.deterministic) == (("train", "test"), "a b", True)
+    for word in ("--run.no-deterministic", "--run.no_deterministic"):
+        assert not override(config, [word]).run.deterministic
+
+
+@given(
+    st.builds(
+        Config,
+        seed=st.integers(0, 2**63),
+        method=st.sampled_from(["fedmoe", "static", "local"]),
+        static_weight=st.floats(0, 1),
+        federation=st.builds(Federation, fraction=st.floats(1e-9, 1), clients=st.integers(1, 10**6)),
+        model=st.builds(Model, local=st.lists(st.from_regex(r"[a-z.]+:[a-z]+", fullmatch=True), min_size=1).map(tuple)),
+    )
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_saved_configuration_is_read_back_the_same(tmp_path: Path, config: Config) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(save(config))
+    assert read(path) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    check(read(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[federation]\nround = 3", "unknown key 'federation.round'; the nearest is 'federation.rounds'"),
+        ("[federtion]\nrounds = 3", "unknown key 'federtion'; the nearest is 'federation'"),
+        ("[federation]\nrounds = 'many'", "--federation.rounds: .*'many'"),
+        ("[federation]\nrounds = 1.5", "--federation.rounds: .*'1.5'"),
+        ("method = 'fedavg'", "invalid choice 'fedavg' for argument '--method'. Expected one of"),
+        ("federation = 3", "federation is 3, must be a table"),
+        ("seed = [1, 2]", "'--seed'|--seed|unrecognized|Unrecognized"),
+        ("seed 3", "not TOML: "),
+    ],
+)
+def test_bad_file_is_named_with_its_fault_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        read(toml(tmp_path, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "│" not in message
+    assert message.startswith(str(tmp_path / "c.toml"))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml: cannot be read: No such file"):
+        read(Path("nowhere.toml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--federation.round", "3"], "unknown key '--federation.round'; the nearest is 'federation.rounds'"),
+        (["--training.lr", "fast"], "--training.lr: .*'fast'"),
+        (["--training.lr"], "--training.lr"),
+        (["rounds=3"], "rounds=3"),
+    ],
+)
+def test_bad_option(words: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        override(Config(), words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("federation", "clients", 0),
+        ("federation", "rounds", -1),
+        ("federation", "fraction", 0.0),
+        ("federation", "fraction", 1.5),
+        ("training", "lr", 0.0),
+        ("training", "lr", float("nan")),
+        ("training", "batch_size", 0),
+        ("training", "momentum", -0.1),
+        ("partition", "test_fraction", 1.0),
+        ("checkpoint", "every", 0),
+        ("evaluation", "every", 0),
+        ("model", "local", ()),
+        ("data", "std", 0.0),
+    ],
+)
+def test_values_that_cannot_be_meant(section: str, field: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"{section}\.{field}.* is "):
+        check(changed(Config(), **{section: {field: value}}))
+
+
+def test_static_weight_is_a_share() -> None:
+    with pytest.raises(UserError, match=r"static_weight is 1\.5, must be from 0 to 1"):
+        check(replace(Config(), static_weight=1.5))

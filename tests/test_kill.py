@@ -1,0 +1,186 @@
+"""A run killed at any moment and resumed ends bit for bit where it would have ended unharmed."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmoe import checkpoint, metrics
+from tests.support import Command, Done
+
+OPTIONS = (
+    "--data.limit=200",
+    "--federation.clients=6",
+    "--federation.fraction=0.5",
+    "--federation.rounds=12",
+    "--gate.norm=paper",  # buffers persist too
+    "--training.theta_momentum=keep",
+    "--training.batch_size=16",
+    "--evaluation.aggregated",
+    "--run.threads=1",
+)
+
+
+End = tuple[list[dict[str, Any]], dict[str, Any]]
+
+
+def end(run: Path) -> End:
+    """All that must be equal: every metric but time, and the hash of every file of the last checkpoint."""
+    lines = metrics.read(run)
+    for line in lines:
+        del line["seconds"], line["clients"]["seconds"]
+    return lines, json.loads((run / "checkpoints" / "manifest.json").read_text())
+
+
+def start(folder: Path, run: Path, every: int, plant: Callable[..., object] | None = None, *args: object) -> Command:
+    """Resume the run if there is one, else start it."""
+    if (run / "config.toml").exists():
+        return Command(folder, "resume", run, plant=plant, plant_args=args)
+    words = ("train", "--run.dir", run, *OPTIONS, f"--checkpoint.every={every}")
+    return Command(folder, *words, plant=plant, plant_args=args)
+
+
+def die_at(call: int) -> None:
+    """Have this process die just before or after the `call`-th of the system calls that order a checkpoint's writes."""
+    count = 0
+
+    def counted(function: Callable[..., Any], before: bool) -> Callable[..., Any]:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if before and count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **options)
+            if count == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapper
+
+    os.fsync = counted(os.fsync, before=False)
+    Path.replace = counted(Path.replace, before=True)  # type: ignore[method-assign]
+    Path.unlink = counted(Path.unlink, before=False)  # type: ignore[method-assign]
+
+
+def die_in_the_middle_of_file(number: int) -> None:
+    """Have this process die with the `number`-th file of its checkpoints half written."""
+    write, count = checkpoint.Writer._write_file, 0
+
+    def half(self: checkpoint.Writer, name: str, state: Any) -> checkpoint.Entry:
+        nonlocal count
+        count += 1
+        entry = write(self, name, state)
+        if count == number:
+            os.truncate(self.folder / name, entry.bytes // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return entry
+
+    checkpoint.Writer._write_file = half  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> End:
+    folder = tmp_path_factory.mktemp("unharmed")
+    done = start(folder, folder / "run", 1).wait()
+    assert done.code == 0, done
+    return end(folder / "run")
+
+
+def test_same_seed_gives_the_same_run(unharmed: End, tmp_path: Path) -> None:
+    assert start(tmp_path, tmp_path / "run", 1).wait().code == 0
+    assert end(tmp_path / "run") == unharmed
+
+
+def test_another_seed_gives_another(unharmed: End, tmp_path: Path) -> None:
+    assert Command(tmp_path, "train", "--run.dir=run", "--seed=1", *OPTIONS).wait().code == 0
+    lines, _ = end(tmp_path / "run")
+    assert lines[0]["loss"] != unharmed[0][0]["loss"]
+    assert [line["sampled"] for line in lines] != [line["sampled"] for line in unharmed[0]]
+
+
+def test_killed_at_20_moments_and_resumed_ends_the_same(unharmed: End, tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown if the test fails
+    rng = random.Random(seed)
+    ways = ["time"] * 8 + ["call"] * 8 + ["file"] * 4
+    rng.shuffle(ways)
+    kills, attempt, run = 0, 0, tmp_path / "run-0"
+    finished = []
+    while kills < len(ways):
+        way = ways[kills]
+        if way == "time":
+            command = start(tmp_path, run, 1)
+            command.process.join(rng.uniform(0.0, 1.5))
+            command.process.kill()
+        elif way == "call":
+            command = start(tmp_path, run, 1, die_at, rng.randint(1, 40))
+        else:
+            command = start(tmp_path, run, 1, die_in_the_middle_of_file, rng.randint(1, 8))
+        done = command.wait()
+        assert done.code in (0, -signal.SIGKILL), done
+        if done.code:
+            kills += 1
+        else:  # it outran the kill: the next run takes the kills that are left
+            finished.append(run)
+            attempt += 1
+            run = tmp_path / f"run-{attempt}"
+    if run.exists():
+        finished.append(run)
+        if rounds_saved(run) < 12:
+            done = start(tmp_path, run, 1).wait()
+            assert done.code == 0, done
+    for each in finished:
+        assert end(each) == unharmed, each
+
+
+def rounds_saved(run: Path) -> int:
+    """Rounds in the run's last checkpoint."""
+    manifest = checkpoint.read_manifest(run)
+    return manifest.round if manifest else 0
+
+
+def test_checkpoints_every_few_rounds_end_the_same_too(unharmed: End, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # The first checkpoint has at most seven files, the server's and six clients', and the second more than two.
+    assert start(tmp_path, run, 5, die_in_the_middle_of_file, 10).wait().code == -signal.SIGKILL
+    assert rounds_saved(run) == 5
+    assert len(metrics.read(run)) >= 5
+    assert start(tmp_path, run, 5).wait().code == 0
+    lines, manifest = end(run)
+    expected_lines, expected = unharmed
+    assert lines == expected_lines
+    assert hashes(manifest) == hashes(expected)
+
+
+def hashes(manifest: dict[str, Any]) -> dict[str, str]:
+    """By client; the files' names hold the round of the checkpoint, which may differ."""
+    return {"server": manifest["server"]["sha256"]} | {c: e["sha256"] for c, e in manifest["clients"].items()}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("every", [1, 5])
+def test_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(
+    unharmed: End, tmp_path: Path, stop: signal.Signals, every: int
+) -> None:
+    run = tmp_path / "run"
+    command = start(tmp_path, run, every)
+    deadline = time.monotonic() + 60
+    while len(metrics.read(run)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(command.pid, stop)
+    done: Done = command.wait()
+    assert done.code == 130, done
+    rounds = rounds_saved(run)
+    assert 3 <= rounds < 12
+    assert done.err == f"fedmoe: stopped after round {rounds} of 12; continue with: fedmoe resume {run}\n"
+    assert start(tmp_path, run, every).wait().code == 0
+    lines, manifest = end(run)
+    expected_lines, expected = unharmed
+    assert lines == expected_lines
+    assert hashes(manifest) == hashes(expected)

@@ -1,0 +1,178 @@
+"""The mixture is the paper's formula, its parts start as they should, and theta is what may be shared of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedmoe import mixture
+from fedmoe.config import Config, Gate, Model
+from fedmoe.engine.seam import TensorSpec, violations
+from fedmoe.errors import UserError
+from fedmoe.experts import build as build_expert
+from fedmoe.kernels.oracle import gated_mix
+
+SHAPE, CLASSES = (1, 28, 28), 10
+
+
+def made(client: int = 0, **fields: object) -> mixture.Mixture:
+    return mixture.build(replace(Config(), **fields), client, SHAPE, CLASSES)  # type: ignore[arg-type]
+
+
+def test_logits_are_the_header_of_the_weighted_sum() -> None:
+    torch.manual_seed(0)
+    m, x = made(), torch.randn(6, *SHAPE)
+    weights = m.gate(x).softmax(1)
+    mixed = weights[:, 0, None] * m.global_expert(x) + weights[:, 1, None] * m.local_expert(x)
+    torch.testing.assert_close(m(x), m.header(mixed))
+    torch.testing.assert_close(m.weights(x), weights)
+
+
+def test_gate_order_is_global_then_local() -> None:
+    g, one = torch.full((1, 3), 5.0), torch.ones(1, 3)
+    torch.testing.assert_close(gated_mix(g, one, torch.tensor([[40.0, 0.0]])), g)
+    torch.testing.assert_close(gated_mix(g, one, torch.tensor([[0.0, 40.0]])), one)
+
+
+def test_join_is_mean_cross_entropy_and_correct_count() -> None:
+    torch.manual_seed(0)
+    m, x, y = made(), torch.randn(6, *SHAPE), torch.arange(6)
+    loss, correct = m.join(m.program().run(x), y)
+    logits = m(x).double()
+    expected = -(logits - logits.logsumexp(1, keepdim=True))[range(6), y].mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    assert int(correct) == int((logits.argmax(1) == y).sum())
+
+
+def test_one_loss_reaches_all_four_modules() -> None:
+    m, x = made(), torch.randn(6, *SHAPE)
+    m.join(m.program().run(x), torch.arange(6))[0].backward()
+    for name, parameter in m.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("weight", "share"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0)])
+def test_static_mixes_with_fixed_weights(weight: float, share: float) -> None:
+    m, x = made(method="static", static_weight=weight), torch.randn(3, *SHAPE)
+    torch.testing.assert_close(m(x), m.header(share * m.global_expert(x) + (1 - share) * m.local_expert(x)))
+    assert all(torch.isfinite(b).all() for b in m.buffers())
+
+
+def test_local_is_the_local_model_alone() -> None:
+    m, x = made(method="local"), torch.randn(3, *SHAPE)
+    assert torch.equal(m(x), m.header(m.local_expert(x)))
+    assert {name for name, _ in m.named_children()} == {"local_expert", "header"}
+    assert dict(m.program().segments) == {"theta": (), "private": ("local_expert", "header")}
+
+
+def test_every_child_is_in_one_segment_and_theta_is_the_global_expert() -> None:
+    m = made()
+    segments = m.program().segments
+    assert segments["theta"] == ("global_expert",)
+    assert sorted(sum(segments.values(), ())) == sorted(name for name, _ in m.named_children())
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+def test_clients_differ_in_all_but_the_global_expert() -> None:
+    first, other = made(0), made(5)  # the same architecture
+    assert torch.equal(flat(first.global_expert), flat(other.global_expert))
+    for part in ("local_expert", "gate", "header"):
+        a, b = flat(getattr(first, part)), flat(getattr(other, part))
+        assert a.shape == b.shape
+        assert (a != b).float().mean() > 0.9, part
+
+
+def test_controls_start_from_the_same_local_model_and_seeds_differ() -> None:
+    a, b = made(3), made(3, method="local")
+    assert torch.equal(flat(a.local_expert), flat(b.local_expert))
+    assert torch.equal(flat(a.header), flat(b.header))
+    c = made(3, seed=1)
+    assert not torch.equal(flat(a.local_expert), flat(c.local_expert))
+    assert not torch.equal(flat(a.global_expert), flat(c.global_expert))
+
+
+def test_building_leaves_the_callers_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    made()
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("client", range(7))
+def test_client_i_has_model_i_mod_5(client: int) -> None:
+    extractor, _ = build_expert(f"cnn-{client % 5 + 1}", SHAPE, CLASSES)
+    assert flat(made(client).local_expert).shape == flat(extractor).shape
+
+
+class Normed(nn.Module):
+    """An extractor with float and integer buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 50)
+        self.norm = nn.BatchNorm1d(50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(x.flatten(1)))
+        return out
+
+
+def make_normed(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Normed(), nn.Linear(50, classes)
+
+
+def make_narrow(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32)), nn.Linear(32, classes)
+
+
+def test_theta_is_parameters_then_float_buffers_in_registration_order() -> None:
+    m = made(model=Model(global_expert=f"{__name__}:make_normed"))
+    g = m.global_expert
+    assert isinstance(g, Normed)
+    parts = [g.linear.weight, g.linear.bias, g.norm.weight, g.norm.bias, g.norm.running_mean, g.norm.running_var]
+    expected = torch.cat([p.detach().reshape(-1) for p in parts if p is not None])
+    assert torch.equal(mixture.pack(g)["theta"], expected)
+    assert mixture.schema(g) == {"theta": TensorSpec(torch.float32, (len(expected),))}
+
+
+def test_theta_goes_in_as_it_came_out_and_is_a_copy() -> None:
+    a, b = make_normed(SHAPE, 10)[0], make_normed(SHAPE, 10)[0]
+    a(torch.randn(8, *SHAPE))
+    packed = mixture.pack(a)
+    mixture.unpack(packed, b)
+    assert torch.equal(mixture.pack(b)["theta"], packed["theta"])
+    packed["theta"].zero_()
+    assert flat(a).abs().sum() > 0
+
+
+def test_experts_of_different_width_are_refused_in_one_line() -> None:
+    narrow = Model(local=("cnn-1", f"{__name__}:make_narrow"))
+    with pytest.raises(
+        UserError, match=r"make_narrow' represents an image in 32 numbers, .*'cnn-5' in 50: both must be equal"
+    ):
+        made(1, model=narrow)
+
+
+def test_schema_violations_name_what_is_wrong() -> None:
+    spec = {"theta": TensorSpec(torch.float32, (3,))}
+    assert violations({"theta": torch.zeros(3)}, spec) == []
+    assert violations({}, spec) == ["'theta' is missing"]
+    assert violations({"theta": torch.zeros(3), "gate": torch.zeros(1)}, spec) == ["'gate' must not be there"]
+    assert violations({"theta": torch.zeros(4)}, spec) == ["'theta' is torch.float32 [4], must be torch.float32 [3]"]
+    assert violations({"theta": torch.zeros(3).double()}, spec) == [
+        "'theta' is torch.float64 [3], must be torch.float32 [3]"
+    ]
+
+
+@pytest.mark.parametrize("norm", ["none", "paper", "layer-batch-batch", "switch-switch-switch"])
+def test_gate_norms_train_and_evaluate(norm: str) -> None:
+    m = made(gate=Gate(norm=norm))
+    x = torch.randn(6, *SHAPE)
+    assert m(x).shape == m.eval()(x).shape == (6, CLASSES)
+    torch.testing.assert_close(m.weights(x).sum(1), torch.ones(6))

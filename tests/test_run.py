@@ -1,0 +1,204 @@
+"""A run from the command line: what it leaves, resuming, evaluating, and the controls on the same path."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmoe import checkpoint, metrics
+from fedmoe.client import load_data
+from fedmoe.configfile import read
+from fedmoe.partition import Split
+from tests.support import SMALL, Command, Done
+from tests.test_data import write
+
+Fedmoe = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two rounds; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = Command(folder, "train", *SMALL, "--run.dir=run", "--evaluation.aggregated").wait()
+    assert done.code == 0, done
+    return folder / "run"
+
+
+def test_run_folder(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir() if not path.name.startswith("events.")}
+    assert names == {
+        ".lock",
+        "config.toml",
+        "environment.json",
+        "partition.safetensors",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    assert read(finished / "config.toml").federation.rounds == 2
+    assert list(finished.glob("events.*"))
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert environment["partition"] == Split.load(finished / "partition.safetensors").fingerprint
+
+
+def test_metrics_of_a_round(finished: Path) -> None:
+    config = read(finished / "config.toml")
+    split = Split.load(finished / "partition.safetensors")
+    theta_bytes = 4 * (26 * 20 + 501 * 20 + 321 * 50 + 51 * 50)  # CNN-5 of the MNIST-size family, without classifier
+    lines = metrics.read(finished)
+    assert [line["round"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["sampled"] == line["evaluated"] == list(range(5))
+        assert line["rolled_back"] == []
+        assert line["bytes_up"] == line["bytes_down"] == 5 * theta_bytes
+        c = line["clients"]
+        steps = [len(split.train(i)) // config.training.batch_size or 1 for i in range(5)]
+        batch = [min(config.training.batch_size, len(split.train(i))) for i in range(5)]
+        assert c["samples"] == [s * b for s, b in zip(steps, batch, strict=True)]
+        assert sum(c["flops"]) == line["flops"] > 0
+        assert sum(c["bytes_up"]) == line["bytes_up"]
+        weights = [len(split.train(i)) for i in range(5)]
+        mean = sum(w * x for w, x in zip(weights, c["loss"], strict=True)) / sum(weights)
+        assert line["loss"] == pytest.approx(mean)
+        for key in ("accuracy", "accuracy_aggregated"):
+            accuracy = line[key]
+            assert accuracy["mean"] == pytest.approx(sum(accuracy["clients"]) / 5)
+            for client, value in enumerate(accuracy["clients"]):
+                held_out = len(split.test(client))
+                assert value * held_out == pytest.approx(round(value * held_out))
+        s = line["seconds"]
+        assert s.keys() == {"round", "train", "aggregate", "evaluate", "checkpoint"}
+        assert s["round"] == pytest.approx(s["train"] + s["aggregate"] + s["evaluate"])
+        assert 0 < sum(c["seconds"]) <= s["train"]
+
+
+def test_closing_table(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    done = fedmoe("train", *SMALL, "--run.dir=run")
+    assert done.code == 0, done
+    assert "round 2/2  accuracy 0." in done.out
+    assert "fedmoe on digits after round 2, held-out samples" in done.out
+    for i in range(5):
+        assert f"cnn-{i + 1}" in done.out
+    assert "all 5" in done.out
+    assert done.out.endswith("run folder: run\n")
+
+
+def test_eval_gives_the_numbers_of_the_last_round_and_changes_nothing(finished: Path, fedmoe: Fedmoe) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    done = fedmoe("eval", finished, "--json", "--aggregated")
+    assert done.code == 0, done
+    line, last = json.loads(done.out), metrics.read(finished)[-1]
+    for key in ("round", "evaluated", "accuracy", "accuracy_aggregated", "test_loss"):
+        assert line[key] == last[key]
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    done = fedmoe("eval", finished, "--clients", 3, 1)
+    assert done.code == 0
+    assert "cnn-4" in done.out
+    assert "cnn-1 " not in done.out
+
+
+def test_a_finished_run_can_be_trained_on_and_ends_as_a_longer_one(
+    finished: Path, tmp_path: Path, fedmoe: Fedmoe
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert "has trained 2 of 2 rounds: give --rounds to train more" in fedmoe("resume", run).one_line()
+    assert fedmoe("resume", run, "--rounds=3").code == 0
+    assert fedmoe("train", *SMALL, "--run.dir=long", "--evaluation.aggregated", "--federation.rounds=3").code == 0
+    manifests = [checkpoint.read_manifest(tmp_path / name) for name in ("run", "long")]
+    assert manifests[0] == manifests[1]
+    assert read(run / "config.toml").federation.rounds == 3
+
+
+@pytest.mark.parametrize("method", ["local", "static"])
+def test_controls(tmp_path: Path, fedmoe: Fedmoe, method: str) -> None:
+    done = fedmoe("train", *SMALL, "--run.dir=run", f"--method={method}", "--evaluation.aggregated")
+    assert done.code == 0, done
+    lines = metrics.read(tmp_path / "run")
+    shared = method == "static"
+    assert all((line["bytes_up"] > 0) == shared == ("accuracy_aggregated" in line) for line in lines)
+    manifest = checkpoint.read_manifest(tmp_path / "run")
+    assert manifest is not None
+    state = checkpoint.load(tmp_path / "run", manifest.clients[0])
+    assert any("global_expert" in name for name in state) == shared
+    assert not any("gate.fc" in name for name in state)
+    assert fedmoe("resume", "run", "--rounds=3").code == 0
+
+
+def test_evaluation_of_sampled_clients_every_other_round(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    options = ("--evaluation.every=2", "--evaluation.clients=sampled", "--federation.fraction=0.4")
+    assert fedmoe("train", *SMALL, *options, "--run.dir=run", "--federation.rounds=5").code == 0
+    lines = metrics.read(tmp_path / "run")
+    assert [line["round"] for line in lines if "accuracy" in line] == [2, 4, 5]
+    assert all(line["evaluated"] == line["sampled"] for line in lines if "accuracy" in line)
+    assert all(len(line["sampled"]) == 2 for line in lines)
+
+
+def test_rolled_back_client_is_named_and_the_round_goes_on(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    (tmp_path / "models.py").write_text(
+        "from torch import nn\n"
+        "class Nan(nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x)[:, :50] * (float('nan') if self.training else 1.0)\n"
+        "def make(shape, classes):\n"
+        "    return Nan(), nn.Linear(50, classes)\n"
+    )
+    models = ("--model.local", "cnn-1", "models:make", "cnn-2", "cnn-3", "cnn-4")
+    done = fedmoe("train", *SMALL, "--run.dir=run", *models)
+    assert done.code == 0, done
+    assert "round 1: client 1 rolled back and left out, its loss or a weight is not finite" in done.out
+    lines = metrics.read(tmp_path / "run")
+    assert [line["rolled_back"] for line in lines] == [[1], [1]]
+    assert all(line["clients"]["loss"][1] is None for line in lines)
+    assert all(line["clients"]["bytes_up"][1] == 0 for line in lines)
+    manifest = checkpoint.read_manifest(tmp_path / "run")
+    assert manifest is not None
+    assert list(manifest.clients) == [0, 2, 3, 4]
+
+
+def test_resume_from_another_working_directory(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    write(tmp_path / "images" / "train-00000-of-00001.parquet", [row % 3 for row in range(90)])
+    options = (
+        "--data.name=images",
+        "--data.image_size=28",
+        "--run.dir=run",
+        "--federation.clients=3",
+        "--run.threads=1",
+    )
+    done = fedmoe("train", *options, "--federation.rounds=1")
+    assert done.code == 0, done
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = Command(elsewhere, "resume", "../run", "--rounds=2").wait()
+    assert done.code == 0, done
+
+
+def test_environment_that_differs_is_warned_of(finished: Path, tmp_path: Path, fedmoe: Fedmoe) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "environment.json"
+    facts: dict[str, Any] = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"torch": "2.0.0", "threads": 9}))
+    done = fedmoe("eval", run)
+    assert done.code == 0
+    assert "fedmoe: warning: torch was 2.0.0, now " in done.err
+    assert "the run began with 9 threads, which are kept, but this machine has " in done.err
+    path.write_text(json.dumps(facts | {"data": "0" * 64}))
+    assert "fingerprint" in fedmoe("eval", run).one_line()
+    assert "the run began with 000000000000" in fedmoe("eval", run).one_line()
+
+
+def test_many_clients_have_a_short_table(fedmoe: Fedmoe) -> None:
+    options = ("--federation.clients=40", "--federation.fraction=0.1", "--federation.rounds=1", "--run.threads=1")
+    done = fedmoe("train", *options, "--run.dir=run")
+    assert done.code == 0, done
+    assert "median" in done.out
+    assert "all 40" in done.out
+    assert len(done.out.splitlines()) < 20
+
+
+def test_data_is_read_once_for_all_clients(config: Any) -> None:
+    assert load_data(config.data, 0) is load_data(config.data, 0)
