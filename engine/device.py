@@ -23,6 +23,8 @@ def prepare(device: str, threads: int, deterministic: bool) -> torch.device:
     if deterministic:
         # cuBLAS reads this when its first handle is made; later it has no effect.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # fp32 means fp32: PyTorch lets cuDNN's convolutions round their inputs to TF32 unless told otherwise.
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if device == "auto":

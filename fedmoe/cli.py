@@ -96,7 +96,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from fedmoe import doctor
 
-    return doctor.run(["--json"] if args.json else [])
+    return doctor.run(args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`fedmoe doctor`: what this machine has, and what each part enables. Never fails on a part that is missing."""
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -42,14 +41,10 @@ def facts() -> list[Fact]:
     return found
 
 
-def run(argv: list[str]) -> int:
-    """Print the facts as a table (`--json`: as JSON); 0, or 1 where something required is broken."""
-    parser = argparse.ArgumentParser(prog="fedmoe doctor", description="What this machine has and what it enables.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args(argv)
-
+def run(as_json: bool) -> int:
+    """Print the facts as a table or as JSON; 0, or 1 where something required is broken."""
     found = facts()
-    if arguments.json:
+    if as_json:
         print(json.dumps([asdict(fact) for fact in found], indent=2, ensure_ascii=False))
     else:
         _print_table(found)
@@ -104,9 +99,8 @@ def _gpu() -> Iterator[Fact]:
     devices = _cuda_devices(torch)
     if devices:
         for index, (name, gigabytes, capability) in enumerate(devices):
-            enables = "bf16, Triton kernels, CUDA graphs" if capability >= (8, 0) else "fp32 and fp16: bf16 needs 8.0"
             found = f"{name}, {gigabytes:.0f} GiB, compute capability {_dotted(capability)}"
-            yield Fact(f"GPU {index}", "ok", found, enables)
+            yield Fact(f"GPU {index}", "ok", found, "training on it, in fp32: `run.device`")
     elif names and torch is not None:
         found = f"{', '.join(names)}, which this PyTorch ({torch.__version__}) cannot use"
         yield Fact("GPU", "warning", found, "install a CUDA build of PyTorch that suits the driver")
@@ -128,7 +122,7 @@ def _cuda_devices(torch: Any) -> list[tuple[str, float, tuple[int, int]]]:
 def _nvml() -> tuple[Fact, list[str]]:
     """The driver, and the names of the GPUs that it (not PyTorch) sees."""
     pynvml, reason = _import("pynvml")
-    enables = "energy, clocks and utilization in profiles"
+    enables = "telling a missing driver from a PyTorch without CUDA"
     if pynvml is None:
         return Fact("NVIDIA driver", "absent", reason, f"pip install nvidia-ml-py: {enables}"), []
     try:
@@ -142,12 +136,8 @@ def _nvml() -> tuple[Fact, list[str]]:
 
 def _triton() -> Iterator[Fact]:
     triton, reason = _import("triton")
-    if triton is None:
-        yield Fact("Triton", "absent", reason, "pip install triton: fused kernels; plain PyTorch is used instead")
-    elif _cuda_devices(_import("torch")[0]):
-        yield Fact("Triton", "ok", str(triton.__version__), "fused kernels on the GPU")
-    else:
-        yield Fact("Triton", "ok", f"{triton.__version__}, interpreter only", "checking kernels without a GPU")
+    found = reason if triton is None else str(triton.__version__)
+    yield Fact("Triton", "ok" if triton else "absent", found, "nothing yet: training uses plain PyTorch")
 
 
 def _native() -> Iterator[Fact]:
@@ -158,15 +148,15 @@ def _native() -> Iterator[Fact]:
         yield Fact("native, host", "ok", "built", "averaging in one pass over memory")
     cuda, reason = _import("fedmoe.kernels._native_cuda")
     if cuda is None:
-        yield Fact("native, CUDA", "absent", reason, "built where nvcc is found: averaging on the GPU")
+        yield Fact("native, CUDA", "absent", reason, "built where nvcc is found: `weighted_accumulate`")
         return
     count, reason = cuda.device_count()
     found = f"built; {count} device{'s' * (count != 1)}" + f": {reason}" * bool(reason)
-    yield Fact("native, CUDA", "ok" if count else "absent", found, "averaging on the GPU")
+    yield Fact("native, CUDA", "ok" if count else "absent", found, "`weighted_accumulate` on the GPU")
 
 
 def _apex() -> Iterator[Fact]:
-    enables = "NVIDIA's fused optimizers, as an alternative to ours"
+    enables = "nothing yet: training uses PyTorch's optimizer"
     if importlib.util.find_spec("apex") is None:
         yield Fact("NVIDIA apex", "absent", "not installed", enables)
         return

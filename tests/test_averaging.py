@@ -162,17 +162,3 @@ needs_cuda_part = pytest.mark.skipif(not HAS_CUDA_PART, reason="fedmoe.kernels._
 def test_cuda_part_reports_devices_or_the_reason() -> None:
     count, reason = importlib.import_module("fedmoe.kernels._native_cuda").device_count()
     assert count >= 0 and bool(reason) == (count == 0)
-
-
-@needs_cuda_part
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("size", [0, 1, 3, 4, 1023, 5_000_001])
-@pytest.mark.parametrize("offset", [0, 1])  # 1: not aligned to 16 bytes
-def test_device_accumulation(size: int, offset: int) -> None:
-    native = importlib.import_module("fedmoe.kernels._native_cuda")
-    theta, update = torch.randn(2, size + offset, device="cuda").unbind()
-    theta, update = theta.clone()[offset:], update.clone()[offset:]
-    expected = (theta.double() + 0.3 * update.double()).float()
-    stream = torch.cuda.current_stream().cuda_stream
-    native.weighted_accumulate(theta.data_ptr(), update.data_ptr(), 0.3, size, stream)
-    torch.testing.assert_close(theta, expected)

@@ -11,7 +11,7 @@ import pytest
 import fedmoe.doctor
 from fedmoe.doctor import Fact, facts
 
-CALL = "import sys; from fedmoe.doctor import run; sys.exit(run(sys.argv[1:]))"
+CALL = "import sys; from fedmoe.cli import main; sys.exit(main(['doctor', *sys.argv[1:]]))"
 
 
 def doctor(*argv: str, planted: Path | None = None) -> subprocess.CompletedProcess[str]:

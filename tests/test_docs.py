@@ -1,0 +1,44 @@
+"""Every command that the README and the guide show works as shown."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, Command
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for block in blocks(page, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, block
+        (tmp_path / name[1]).write_text(block)
+    shown = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in shown]
+    ran = 0
+    for program, *words in commands:
+        if program == "fedmoe":
+            done = Command(tmp_path, *words).wait()
+            assert done.code == 0, (words, done)
+            ran += 1
+        else:  # the two commands of a fresh machine, and entering their environment
+            assert program in ("make", ".")
+    assert ran >= 3
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    from fedmoe.cli import _parser
+
+    [commands] = [action.choices for action in _parser()._actions if action.dest == "command"]
+    assert commands is not None
+    named = re.findall(r"^\| `fedmoe (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert named == list(commands)
