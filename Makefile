@@ -16,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
-demo: .venv/.installed  ## train a federation on embedded data and write a report
+demo: .venv/.installed  ## train a federation on embedded data
 	@.venv/bin/fedmoe train configs/demo.toml
 
 test: lint  ## lint, then all tests

@@ -52,11 +52,19 @@ class Result:
     metrics: Metrics
 
 
+class Interrupted(Exception):  # it is no error
+    """An engine was asked to stop, by the event it was made with; the step in hand was finished."""
+
+
 class Engine(Protocol):
-    """Runs jobs on one device. Training is a transaction: `commit` keeps what clients became, `rollback` undoes it."""
+    """Runs jobs on one device. Training is a transaction: `commit` keeps what clients became, `rollback` undoes it.
+
+    A client may train any number of times between two commits. A client whose training is not finite is put back to
+    where that training began, and its result has weight 0.
+    """
 
     def run(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
-        """Yield a result for every job, in job order."""
+        """Yield a result for every job, in job order. Raises Interrupted; then the caller rolls back."""
         ...
 
     def commit(self) -> None:

@@ -2,13 +2,12 @@
 
 `checkpoints/manifest.json` gives the round, the server's file and every trained client's, each with its size and
 SHA-256. A client that has not changed since keeps its file. Files the manifest does not name are leftovers of a kill
-and are removed by the next writer. Nothing is ever unpickled.
+and are removed by the next writer. A run has one from its start, before the first round. Nothing is ever unpickled.
 """
 
 import hashlib
 import json
-import os
-import time
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +17,10 @@ from safetensors.torch import load_file, save
 
 from fedmoe.engine.seam import State
 from fedmoe.errors import UserError
-from fedmoe.files import sync_folder, write_atomic
+from fedmoe.files import sync_folder, write, write_atomic
 
 FORMAT = 1
+OURS = re.compile(r"(server|client-\d+)\.r\d+\.safetensors|\.manifest\.json\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,6 @@ class Entry:
     file: str
     bytes: int
     sha256: str
-
-    def __post_init__(self) -> None:
-        if Path(self.file).name != self.file:
-            raise ValueError(f"file {self.file!r} is not a plain name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +41,27 @@ class Manifest:
     clients: dict[int, Entry] = field(default_factory=dict)
 
 
-def read_manifest(run: Path) -> Manifest | None:
-    """The checkpoint of the run in folder `run`; None if it has none yet. Raises UserError if it cannot be read."""
+def read_manifest(run: Path) -> Manifest:
+    """The checkpoint of the run in folder `run`. Raises UserError if it is missing or is not one."""
     path = run / "checkpoints" / "manifest.json"
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
-            raise UserError(
-                f"{path}: format {content['format']}, this version reads {FORMAT}: use the version that wrote it"
-            )
+            found = content["format"]
+            raise UserError(f"{path}: format {found}, this version reads {FORMAT}: use the version that wrote it")
         clients = {int(client): Entry(**entry) for client, entry in content["clients"].items()}
-        return Manifest(int(content["round"]), Entry(**content["server"]), clients)
-    except FileNotFoundError:
-        return None
+        manifest = Manifest(int(content["round"]), Entry(**content["server"]), clients)
+        owners = {"server": manifest.server} | {f"client-{client}": entry for client, entry in clients.items()}
+        for owner, entry in owners.items():
+            if not re.fullmatch(rf"{owner}\.r\d+\.safetensors", entry.file):
+                raise ValueError(f"{entry.file!r} is not a file of {owner}")
+        return manifest
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing: restore it from a copy") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a manifest ({type(error).__name__}: {error}); restore it from a copy") from error
+        raise UserError(f"{path}: not a manifest ({type(error).__name__}: {error}): restore it from a copy") from error
 
 
 def load(run: Path, entry: Entry) -> State:
@@ -91,59 +91,58 @@ class Writer:
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "checkpoints"
-        self.folder.mkdir(exist_ok=True)
         self.manifest = read_manifest(run)
         self._remove_unnamed()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def submit(self, round: int, server: State, changed: dict[int, State]) -> float:
+    def submit(self, round: int, server: State, changed: dict[int, State]) -> None:
         """Have the state after `round` written: the server's, and those clients' that changed since the last time.
 
-        The tensors must not change afterwards. Returns the seconds the caller was held up, waiting for the write
-        before this one. Raises what that write raised.
+        The tensors must not change afterwards. Waits for the write before this one, and raises what that raised.
         """
-        start = time.perf_counter()
         self.wait()
         self._pending = self._thread.submit(self._write, round, server, changed)
-        return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Return when everything submitted is on disk; raise what writing it raised."""
+        """Return when everything submitted is on disk. Raises OSError if it is not, from then on every time."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+            self._pending.result()
 
     def close(self) -> None:
-        """Wait, then end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        """End the thread, once it has written what was submitted."""
+        self._thread.shutdown()
 
     def _write(self, round: int, server: State, changed: dict[int, State]) -> None:
-        before = self.manifest.clients if self.manifest else {}
-        server_entry = self._write_file(f"server.r{round}.safetensors", server)
-        after = {client: self._write_file(f"client-{client}.r{round}.safetensors", s) for client, s in changed.items()}
-        sync_folder(self.folder)
-        manifest = Manifest(round, server_entry, dict(sorted((before | after).items())))
-        content = {"format": FORMAT} | asdict(manifest)
-        write_atomic(self.folder / "manifest.json", json.dumps(content, indent=1).encode())
-        self.manifest = manifest
+        entry = write_state(self.folder, f"server.r{round}.safetensors", server)
+        new = {c: write_state(self.folder, f"client-{c}.r{round}.safetensors", s) for c, s in changed.items()}
+        self.manifest = Manifest(round, entry, dict(sorted((self.manifest.clients | new).items())))
+        write_manifest(self.folder, self.manifest)
         self._remove_unnamed()
 
-    def _write_file(self, name: str, state: State) -> Entry:
-        content = save(state)
-        with (self.folder / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return Entry(name, len(content), hashlib.sha256(content).hexdigest())
-
     def _remove_unnamed(self) -> None:
-        named = {"manifest.json"}
-        if self.manifest:
-            named |= {self.manifest.server.file} | {entry.file for entry in self.manifest.clients.values()}
+        named = {self.manifest.server.file} | {entry.file for entry in self.manifest.clients.values()}
         for path in self.folder.iterdir():
-            if path.name not in named:
+            if path.name not in named and OURS.fullmatch(path.name):
                 path.unlink()
+
+
+def create(run: Path, server: State) -> None:
+    """The checkpoint of a run before its first round."""
+    folder = run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    write_manifest(folder, Manifest(0, write_state(folder, "server.r0.safetensors", server)))
+
+
+def write_state(folder: Path, name: str, state: State) -> Entry:
+    """Write one file of a checkpoint, which no manifest names yet."""
+    content = save(state)
+    write(folder / name, content)
+    return Entry(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make the checkpoint that `manifest` describes the run's, all at once."""
+    sync_folder(folder)
+    content = {"format": FORMAT} | asdict(manifest)
+    write_atomic(folder / "manifest.json", json.dumps(content, indent=1).encode())

@@ -1,14 +1,18 @@
 """The command line: which command does what, every failure in one line; a command's imports wait until it runs."""
 
 import argparse
+import contextlib
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fedmoe import __version__
-from fedmoe.errors import UserError
+from fedmoe.errors import OutputLost, UsageError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,24 +25,46 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by the user."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    _end_quietly_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no ± gets a ? in its place
+            stream.reconfigure(errors="replace")
     parser = _parser()
-    args, rest = parser.parse_known_args(words)
+    args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
     if rest and args.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return int(args.act(args, rest) or 0)
-    except UserError as error:
+        code = int(args.act(args, rest) or 0)
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, OutputLost):  # the reader of our output has gone, as `fedmoe train --help | head` does
+        code = 0
+    except KeyboardInterrupt as stop:
+        print(f"fedmoe: {stop}", file=sys.stderr)
+        code = 130
+    except (UserError, OSError) as error:
         if os.environ.get("FEDMOE_TRACEBACK"):
             raise
-        print(f"fedmoe: error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output has gone, as `fedmoe train --help | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt as stop:
-        print(f"fedmoe: {stop or 'interrupted before the first round'}", file=sys.stderr)
-        return 130
+        what = f"{error.filename or 'output'}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"fedmoe: error: {what}", file=sys.stderr)
+        code = 2 if isinstance(error, UsageError) else 1
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more at the end
+    return code
+
+
+def _end_quietly_on_signals() -> None:
+    """Until a run takes them over, these signals find nothing to save: one line, and the end."""
+
+    def end(number: int, frame: object) -> None:
+        os.write(2, b"fedmoe: interrupted\n")
+        os._exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
 
 
 def _parser() -> Parser:
@@ -52,18 +78,18 @@ def _parser() -> Parser:
     resume = commands.add_parser("resume", help="continue a run that was stopped or killed")
     resume.add_argument("run", type=Path, metavar="RUN", help="run folder")
     resume.add_argument("--rounds", type=int, help="train on to this many rounds in all")
-    resume.set_defaults(act=_resume)
+    resume.set_defaults(act=_resume, parser=resume)
 
     evaluate = commands.add_parser("eval", help="evaluate a run's clients on their held-out samples")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder")
     evaluate.add_argument("--clients", type=int, nargs="+", default=[], metavar="ID", help="only these clients")
     evaluate.add_argument("--aggregated", action="store_true", help="also with the aggregated global expert")
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
-    evaluate.set_defaults(act=_evaluate)
+    evaluate.set_defaults(act=_evaluate, parser=evaluate)
 
     doctor = commands.add_parser("doctor", help="show what this machine has and what it enables")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(act=_doctor)
+    doctor.set_defaults(act=_doctor, parser=doctor)
     return parser
 
 

@@ -31,7 +31,8 @@ class Client:
         _, channels, height, width = images.shape
         self.mixture = mixture.build(config, id, (channels, height, width), classes).to(device)
         self.program = self.mixture.program()
-        self.global_expert: nn.Module | None = getattr(self.mixture, mixture.SHARED, None)
+        shared = self.program.segments["theta"]
+        self.global_expert: nn.Module | None = getattr(self.mixture, shared[0]) if shared else None
         self.schema = mixture.schema(self.global_expert)
         t = config.training
         self.optimizer = torch.optim.SGD(
@@ -39,6 +40,8 @@ class Client:
         )
         self.batch_size = min(t.batch_size, training)
         check_batch(id, self.mixture, self.batch_size)
+        # A buffer may hold infinities from the start, as a mask does.
+        self._finite = [n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B]."""
@@ -47,7 +50,8 @@ class Client:
 
     def receive(self, payload: Payload) -> None:
         """Take in a new global expert; its momentum is kept or reset as `training.theta_momentum` says."""
-        assert not violations(payload, self.schema)
+        if broken := violations(payload, self.schema):
+            raise ValueError(f"client {self.id} cannot take this in: {'; '.join(broken)}")
         if self.global_expert is None:
             return
         mixture.unpack(payload, self.global_expert)
@@ -58,14 +62,17 @@ class Client:
     @contextmanager
     def lent(self, payload: Payload) -> Iterator[None]:
         """Within the block the global expert is the payload's; an empty payload changes nothing."""
-        own = self.payload() if payload else {}
+        if not payload or self.global_expert is None:
+            yield
+            return
+        own = [t.detach().clone() for t in mixture.theta_tensors(self.global_expert)]
         try:
-            if payload and self.global_expert is not None:
-                mixture.unpack(payload, self.global_expert)
+            mixture.unpack(payload, self.global_expert)
             yield
         finally:
-            if own and self.global_expert is not None:
-                mixture.unpack(own, self.global_expert)
+            with torch.no_grad():
+                for tensor, kept in zip(mixture.theta_tensors(self.global_expert), own, strict=True):
+                    tensor.copy_(kept)
 
     def payload(self) -> Payload:
         """A copy of what the client shares: {"theta": fp32 [P]}; nothing if it has no global expert."""
@@ -90,8 +97,9 @@ class Client:
         for name in sorted(state.keys() | {f"model/{n}" for n in tensors}):
             if name not in state or name not in known:
                 raise ValueError(f"tensor {name!r} {'is missing' if name in known else 'is unknown'}")
-            if (theirs := list(state[name].shape)) != (ours := list(known[name].shape)):
-                raise ValueError(f"tensor {name!r} is {theirs}, the client's is {ours}")
+            theirs, ours = ((t.dtype, list(t.shape)) for t in (state[name], known[name]))
+            if theirs != ours:
+                raise ValueError(f"tensor {name!r} is {theirs[0]} {theirs[1]}, the client's is {ours[0]} {ours[1]}")
         self.optimizer.state.clear()
         with torch.no_grad():
             for name, tensor in state.items():
@@ -103,8 +111,9 @@ class Client:
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensor)
 
     def finite(self) -> bool:
-        """Whether every parameter and float buffer is finite."""
-        return all(bool(torch.isfinite(t).all()) for t in self.tensors().values() if t.is_floating_point())
+        """Whether everything that was finite at the start is so still."""
+        tensors = self.tensors()
+        return all(bool(torch.isfinite(tensors[name]).all()) for name in self._finite)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mixture by name, not copied."""
@@ -116,12 +125,13 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
 
     Raises UserError where data, partition, models or checkpoint do not fit, naming what.
     """
-    dataset, split = load_data(config.data, config.seed), _split(run / "partition.safetensors")
+    path = run / "partition.safetensors"
+    dataset, split = load_data(config.data, config.seed), _split(path, path.stat().st_mtime_ns)
     train, test = split.train(id), split.test(id)
     own = torch.cat([train, test])
     client = Client(config, id, dataset.images[own], dataset.labels[own], len(train), len(dataset.classes), device)
     manifest = checkpoint.read_manifest(run)
-    if manifest and (entry := manifest.clients.get(id)):
+    if entry := manifest.clients.get(id):
         state = checkpoint.load(run, entry)
         try:
             client.load_state(state)
@@ -142,7 +152,11 @@ def check_batch(id: int, model: nn.Module, batch_size: int) -> None:
 load_data = lru_cache(maxsize=1)(data.load)
 """The data set, read once for all clients of a process."""
 
-_split = lru_cache(maxsize=1)(partition.Split.load)
+
+@lru_cache(maxsize=1)
+def _split(path: Path, written: int) -> partition.Split:
+    """The split, read once for all clients of a run; `written` tells a new file of the same name from the old."""
+    return partition.Split.load(path)
 
 
 def outgoing(client: int, schema: Schema, payload: Payload, weight: float, metrics: Metrics) -> Result:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedmoe.errors import UserError
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Run:
@@ -153,3 +155,16 @@ class Config:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+NORMS = ("switch", "layer", "batch", "none")
+NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}
+
+
+def gate_norms(norm: str) -> tuple[str, str, str]:
+    """The norms of the gate's input, hidden layer and output that `gate.norm` names; UserError where it names none."""
+    parts = NORM_PRESETS.get(norm, norm).split("-")
+    if len(parts) != 3 or any(part not in NORMS for part in parts):
+        presets, norms = ", ".join(NORM_PRESETS), ", ".join(NORMS)
+        raise UserError(f'gate.norm is "{norm}", must be {presets}, or three of {norms} joined by "-"')
+    return parts[0], parts[1], parts[2]

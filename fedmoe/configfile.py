@@ -4,29 +4,44 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import tomllib
-from collections.abc import Iterator
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 import tyro
 
-from fedmoe.config import Config
-from fedmoe.errors import UserError
+from fedmoe.config import Config, gate_norms
+from fedmoe.errors import UsageError, UserError
+
+C = TypeVar("C")
+
+LARGEST = {
+    "seed": 2**63 - 1,
+    "run.threads": 1024,
+    "data.image_size": 4096,
+    "gate.hidden": 2**20,
+    "training.momentum": 0.9999,
+}
+"""Limits below the general ones, 2**31 - 1 for whole numbers and 1e6 for others: more cannot be meant."""
+
+FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"}
+"""Numbers that may be 0; all others but `data.mean` must be more."""
 
 
 def read(path: Path) -> Config:
     """The configuration in a TOML file. Raises UserError naming the file and what is wrong in it."""
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     try:
-        return override(Config(), [word for key, value in _flat(content) for word in _words(key, value)])
+        return _build(Config, content, "")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -34,11 +49,13 @@ def read(path: Path) -> Config:
 def override(config: Config, words: list[str]) -> Config:
     """`config` with dotted command-line options applied, e.g. ["--federation.rounds", "50"]. `--help` prints and exits.
 
-    Raises UserError for an unknown option, naming the nearest, and for a value that does not fit.
+    Raises UsageError for an unknown option, naming the nearest, and for a value that does not fit.
     """
     for word in words:
         if word.startswith("--"):
-            _known(re.sub(r"^(--(?:\w+\.)*)no[-_]", r"\1", word).partition("=")[0])
+            key = re.sub(r"^((?:\w+\.)*)no[-_]", r"\1", word[2:].partition("=")[0]).replace("-", "_")
+            if key not in _names(Config) and key != "help":
+                raise UsageError(_unknown(word.partition("=")[0], key))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -47,13 +64,13 @@ def override(config: Config, words: list[str]) -> Config:
                 args=words,
                 default=config,
                 prog="fedmoe train [CONFIG.toml]",
-                description="Train a federation.",
+                description="Train a federation. Options win over the configuration file, which comes first.",
                 use_underscores=True,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
+        raise UsageError(_one_line(complaint.getvalue())) from None
 
 
 def save(config: Config) -> bytes:
@@ -61,81 +78,119 @@ def save(config: Config) -> bytes:
     return tomli_w.dumps(dataclasses.asdict(config)).encode()
 
 
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field's value by its dotted name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = dataclasses.is_dataclass(value)
+        found |= flat(value, f"{prefix}{field.name}.") if inner else {prefix + field.name: value}
+    return found
+
+
 def check(config: Config) -> None:
     """Raise UserError for the first value that cannot be meant."""
-    c = config
-    positive = {
-        "federation.clients": c.federation.clients,
-        "federation.rounds": c.federation.rounds,
-        "federation.epochs": c.federation.epochs,
-        "partition.classes_per_client": c.partition.classes_per_client,
-        "partition.alpha": c.partition.alpha,
-        "partition.min_samples": c.partition.min_samples,
-        "gate.hidden": c.gate.hidden,
-        "training.batch_size": c.training.batch_size,
-        "training.lr": c.training.lr,
-        "evaluation.every": c.evaluation.every,
-        "evaluation.batch_size": c.evaluation.batch_size,
-        "checkpoint.every": c.checkpoint.every,
-        "data.std": c.data.std,
-        "model.local (entries)": len(c.model.local),
-    }
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{name} is {value}, must be more than 0")
-    natural = {
-        "run.threads": c.run.threads,
-        "seed": c.seed,
-        "data.limit": c.data.limit,
-        "data.image_size": c.data.image_size,
-        "training.momentum": c.training.momentum,
-        "training.weight_decay": c.training.weight_decay,
-    }
-    for name, value in natural.items():
-        if not value >= 0:
-            raise UserError(f"{name} is {value}, must be 0 or more")
-    if not 0 < c.federation.fraction <= 1:
-        raise UserError(f"federation.fraction is {c.federation.fraction}, must be more than 0 and at most 1")
-    if not 0 < c.partition.test_fraction < 1:
-        raise UserError(f"partition.test_fraction is {c.partition.test_fraction}, must be between 0 and 1")
-    if not 0 <= c.static_weight <= 1:
-        raise UserError(f"static_weight is {c.static_weight}, must be from 0 to 1")
+    for name, value in flat(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            least, most = 0, LARGEST.get(name, 2**31 - 1 if isinstance(value, int) else 1e6)
+            if not math.isfinite(value) or value > most:
+                raise UserError(f"{name} is {value}, must be at most {most}")
+            if name in FROM_0 | {"static_weight"} and value < least:
+                raise UserError(f"{name} is {value}, must be {least} or more")
+            if name not in FROM_0 | {"static_weight", "data.mean"} and value <= least:
+                raise UserError(f"{name} is {value}, must be more than {least}")
+    if config.federation.fraction > 1:
+        raise UserError(f"federation.fraction is {config.federation.fraction}, must be more than 0 and at most 1")
+    if config.partition.test_fraction >= 1:
+        raise UserError(f"partition.test_fraction is {config.partition.test_fraction}, must be between 0 and 1")
+    if config.static_weight > 1:
+        raise UserError(f"static_weight is {config.static_weight}, must be from 0 to 1")
+    if not config.model.local:
+        raise UserError("model.local is empty, must name at least one model, such as cnn-1")
+    if not config.data.name:
+        raise UserError("data.name is empty, must be digits, a folder of parquet files, or a data set's name")
+    gate_norms(config.gate.norm)
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def ignored(config: Config) -> list[str]:
+    """A line for every field that was set but has no effect in this configuration."""
+    c, defaults = config, flat(Config())
+    shared = ["gate.norm", "gate.hidden"]
+    alone = [
+        *shared,
+        "model.global_expert",
+        "training.theta_momentum",
+        "federation.aggregation",
+        "evaluation.aggregated",
+    ]
+    unused = {
+        f'method = "{c.method}"': {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[
+            c.method
+        ],
+        f'partition.kind = "{c.partition.kind}"': {
+            "pathological": ["partition.alpha"],
+            "dirichlet": ["partition.classes_per_client"],
+            "iid": ["partition.alpha", "partition.classes_per_client"],
+        }[c.partition.kind],
+    }
+    return [
+        f"{name} = {value} has no effect with {cause}"
+        for cause, names in unused.items()
+        for name, value in flat(c).items()
+        if name in names and value != defaults[name]
+    ]
+
+
+def _build(cls: type[C], table: dict[str, Any], prefix: str) -> C:
+    """A configuration class from a TOML table, every key known and every value of its field's type."""
+    types, made = typing.get_type_hints(cls), {}
     for key, value in table.items():
-        if isinstance(value, dict):
-            _known(prefix + key)
-            yield from _flat(value, f"{prefix}{key}.")
+        name, kind = prefix + key, types.get(key)
+        if kind is None:
+            raise UserError(_unknown(name, name))
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise UserError(f"{name} is {value!r}, must be a table: write [{name}] and its keys below")
+            made[key] = _build(kind, value, f"{name}.")  # type: ignore[arg-type]
         else:
-            yield prefix + key, value
+            made[key] = _value(name, kind, value)
+    return cls(**made)
 
 
-def _words(key: str, value: Any) -> list[str]:
-    _known(key)
-    if key in {field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}:
-        raise UserError(f"{key} is {value!r}, must be a table: write [{key}] and its keys below")
-    if isinstance(value, bool):
-        head, _, last = key.rpartition(".")
-        return [f"--{key}"] if value else [f"--{head}.no-{last}" if head else f"--no-{last}"]
-    return [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """`value` as a field of type `kind`."""
+    if typing.get_origin(kind) is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise UserError(f"{name} is {value!r}, must be one of {', '.join(typing.get_args(kind))}")
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"{name} is {value!r}, must be a list of strings")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+    raise UserError(f"{name} is {value!r}, must be {wanted}")
 
 
-def _known(key: str) -> None:
-    plain = key.removeprefix("--").replace("-", "_")
-    names = ["help", *_names(Config)]
-    if plain not in names:
-        near = difflib.get_close_matches(plain, names, n=1, cutoff=0)
-        raise UserError(
-            f"unknown key {key!r}; the nearest is {near[0]!r}" + (", see fedmoe train --help" if key[0] == "-" else "")
-        )
+def _unknown(word: str, key: str) -> str:
+    """That `key`, given as `word`, is unknown, with the name most like it, in whole or in its last part."""
+    names = _names(Config)
+    last = key.rpartition(".")[2]
+    near = [name for name in names if name.rpartition(".")[2] == last] or difflib.get_close_matches(key, names, 1, 0.6)
+    hint = f"the nearest is {near[0]!r}; " if near else ""
+    return f"unknown key {word!r}; {hint}all are in `fedmoe train --help`"
 
 
-def _names(cls: type, prefix: str = "") -> Iterator[str]:
+def _names(cls: Any, prefix: str = "") -> list[str]:
+    names = []
     for field in dataclasses.fields(cls):
-        yield prefix + field.name
+        names.append(prefix + field.name)
         if dataclasses.is_dataclass(field.type):
-            yield from _names(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            names += _names(field.type, f"{prefix}{field.name}.")
+    return names
 
 
 def _one_line(box: str) -> str:
@@ -143,4 +198,6 @@ def _one_line(box: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ").strip() for line in text.splitlines()[1:]]
     rule = next((i for i, line in enumerate(lines) if line.startswith(("──", "╰"))), len(lines))
-    return " ".join(line for line in lines[:rule] if line) or text.strip()
+    message = " ".join(line for line in lines[:rule] if line) or " ".join(text.split())
+    unplaced = "not understood (the configuration file comes first, and there is only one):"
+    return message.replace("Unrecognized options:", unplaced).removeprefix("Error parsing ")

@@ -6,6 +6,7 @@ All three are read as arrow batches of encoded images and labels, so that one pa
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ def _parquet(path: Path) -> _Table:
 def _hub(name: str, splits: tuple[str, ...]) -> list[_Table]:
     import datasets  # here, not above: it takes a second to import
 
+    print(f"fedmoe: fetching {name!r} from the Hugging Face hub, or from its cache on this machine", file=sys.stderr)
     retries = logging.getLogger("huggingface_hub")  # logs two lines for each of its six attempts, 23 s when offline
     level = retries.level
     retries.setLevel(logging.ERROR)

@@ -1,15 +1,17 @@
 """What a person sees in the terminal: live progress, a line a round where there is no terminal, the closing table."""
 
+import contextlib
 import time
-from types import TracebackType
+from collections.abc import Iterator
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedmoe.config import Config
 from fedmoe.engine.seam import Result
+from fedmoe.errors import OutputLost
 from fedmoe.metrics import Line
 from fedmoe.partition import Split
 
@@ -17,91 +19,121 @@ MANY = 20
 """Clients up to which each has a row of its own in the closing table."""
 
 
+class Output(Console):
+    """A console that says when its reader is gone, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich within its own handling of the error."""
+        raise OutputLost("nobody reads the output any more")
+
+
 class Display:
-    """Shows a run's rounds as they pass. Use it as a context manager."""
+    """Shows a run's rounds as they pass; raises OutputLost if nobody takes it. Use it as a context manager."""
 
     def __init__(self, rounds: int, done: int, jobs: int) -> None:
-        self.console = Console()
+        self.console = Output()
         self.rounds, self.jobs, self._done = rounds, jobs, done
-        self._samples, self._start = 0, time.perf_counter()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+        self._samples, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
+        self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bar = Progress(
-            TextColumn("round"), *columns, *times, console=self.console, disable=not self.console.is_terminal
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            disable=not self._live,
         )
         self._task = self._bar.add_task("", total=rounds, completed=done, note="")
-        self._note = ""
+        self._accuracy = ""
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def message(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OutputLost, OSError):
+            self._bar.stop()
 
     def trained(self, result: Result) -> None:
         """One client of the round in hand has trained."""
-        self._samples += int(result.metrics["samples"])  # type: ignore[arg-type]
-        self._bar.update(self._task, advance=1 / self.jobs, note=f"{self._note}{self._rate()}")
+        samples, seconds = result.metrics["samples"], result.metrics["seconds"]
+        assert not isinstance(samples, list) and not isinstance(seconds, list)
+        self._samples, self._seconds = self._samples + samples, self._seconds + seconds
+        with _taken():
+            self._bar.update(self._task, advance=0.9 / self.jobs, note=f"{self._accuracy}{self._rate()}")
+
+    def evaluating(self, done: int, of: int) -> None:
+        """`done` of the round's evaluations are done."""
+        if self._live:
+            with _taken():
+                self._bar.update(self._task, note=f"{self._accuracy}evaluating {done}/{of}")
 
     def round(self, line: Line) -> None:
         """A round is over."""
-        number = line["round"]
-        accuracy = line.get("accuracy")
+        number, accuracy = line["round"], line.get("accuracy")
         if accuracy:
-            self._note = f"accuracy {accuracy['mean']:.3f} "
-        self._bar.update(self._task, completed=number, note=f"{self._note}{self._rate()}")
-        for client in line["rolled_back"]:
-            self.message(
-                f"round {number}: client {client} rolled back and left out, its loss or a weight is not finite"
-            )
-        if self._bar.disable:
-            figures = [f"loss {line['loss']:.3f}" if line["loss"] is not None else "no loss"]
-            if accuracy:
-                figures.insert(0, f"accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
-            self.message(f"round {number}/{self.rounds}  {'  '.join(figures)}  {self._rate()}  {self._left(number)}")
+            self._accuracy = f"accuracy {accuracy['mean']:.3f} "
+        with _taken():
+            self._bar.update(self._task, completed=number, note=f"{self._accuracy}{self._rate()}")
+            for client in line["rolled_back"]:
+                self._say(
+                    f"round {number}: client {client} rolled back and left out: its loss or a weight is not finite"
+                )
+            for client in line.get("not_finite", []):
+                self._say(f"round {number}: client {client} has a test loss that is not finite: training diverges")
+            if not self._live:
+                figures = [f"loss {line['loss']:.3f}" if line["loss"] is not None else "no loss"]
+                if accuracy:
+                    figures.insert(0, f"accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
+                self._say(f"round {number}/{self.rounds}  {'  '.join(figures)}  {self._rate()}  {self._left(number)}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _rate(self) -> str:
-        return f"{self._samples / (time.perf_counter() - self._start):,.0f} samples/s"
+        return f"{self._samples / max(self._seconds, 1e-9):,.0f} samples/s"
 
     def _left(self, number: int) -> str:
         seconds = (time.perf_counter() - self._start) / (number - self._done) * (self.rounds - number)
         return f"{seconds:.0f} s left" if seconds else "done"
 
 
+@contextlib.contextmanager
+def _taken() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputLost(f"the output cannot be written: {error.strerror}") from error
+
+
 def summary(console: Console, config: Config, split: Split, lines: list[Line]) -> None:
     """The closing table: accuracy by client, or its spread if there are many, and what the run took."""
     last = next((line for line in reversed(lines) if "accuracy" in line), None)
-    if last is None:
-        return
-    accuracies(console, config, split, last)
-    seconds = sum(line["seconds"]["round"] for line in lines)
+    if last is not None:
+        accuracies(console, config, split, last)
+    seconds = sum(line["seconds"]["train"] for line in lines)
+    whole = sum(line["seconds"]["round"] for line in lines)
     samples = sum(sum(line["clients"]["samples"]) for line in lines)
     sent = sum(line["bytes_up"] + line["bytes_down"] for line in lines)
-    console.print(
-        f"{len(lines)} rounds in {seconds:,.1f} s, {samples / seconds:,.0f} samples/s including evaluation; "
-        f"{sent / 1e6:,.1f} MB up and down; {sum(line['flops'] for line in lines) / 1e12:,.2f} TFLOP trained",
-        highlight=False,
-        soft_wrap=True,
+    flops = sum(line["flops"] for line in lines)
+    work = f"{flops / 1e12:,.2f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.2f} GFLOP"
+    text = (
+        f"{len(lines)} rounds in {whole:,.1f} s, {samples / seconds:,.0f} samples/s while training; "
+        f"{sent / 1e6:,.1f} MB up and down; {work} trained"
     )
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def accuracies(console: Console, config: Config, split: Split, line: Line) -> None:
     """Accuracy on held-out samples, from one line of metrics or of `eval`."""
-    kinds = {"accuracy": "accuracy", "accuracy_aggregated": "with the aggregated"}
+    kinds = {"accuracy": "accuracy", "accuracy_aggregated": "with aggregated θ"}
     shown = {key: title for key, title in kinds.items() if key in line}
     title = f"{config.method} on {config.data.name.rsplit('/')[-1]} after round {line['round']}, held-out samples"
     table = Table(title=title, title_justify="left")
-    for column in ("client", "model", "train", "test"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name in shown.values():
-        table.add_column(name, justify="right")
+    for column in ("client", "model", "train", "test", *shown.values()):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     clients = line["evaluated"]
     if len(clients) <= MANY:
         for i, client in enumerate(clients):
@@ -114,6 +146,7 @@ def accuracies(console: Console, config: Config, split: Split, line: Line) -> No
             ordered = {key: sorted(line[key]["clients"]) for key in shown}
             at = round(share * (len(clients) - 1))
             table.add_row(name, "", "", "", *(f"{ordered[key][at]:.3f}" for key in shown))
+    whole = len(clients) == config.federation.clients
     spreads = [f"{line[key]['mean']:.3f} ± {line[key]['std']:.3f}" for key in shown]
-    table.add_row(f"all {len(clients)}", "", "", "", *spreads)
+    table.add_row(f"all {len(clients)}" if whole else f"these {len(clients)}", "", "", "", *spreads)
     console.print(table)

@@ -1,5 +1,13 @@
-"""The one error type whose message is meant for a person, and how the command line turns it into one line."""
+"""Errors whose message is meant for a person: one line, with the offending values and what to do."""
 
 
 class UserError(ValueError):
-    """Something the user can put right; the message is one line with the offending values and what to do."""
+    """Something the user can put right."""
+
+
+class UsageError(UserError):
+    """Words on the command line that cannot be understood."""
+
+
+class OutputLost(Exception):
+    """Nobody takes the output any more, as when `| head` has seen enough."""

@@ -1,5 +1,6 @@
 """The models: the paper's two CNN families, and any factory of the user's as a local model."""
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
 
 
@@ -76,7 +78,13 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
     does not fit.
     """
     if ":" in name:
-        return _checked(name, _factory(name)(shape, classes), shape, classes)
+        factory = _factory(name)
+        try:
+            # A copy: a factory that hands out one object again and again would have clients share their weights.
+            made = copy.deepcopy(factory(shape, classes))
+        except (Exception, SystemExit) as error:  # whatever a user's factory raises
+            raise UserError(f"model {name!r} cannot be made for images of {list(shape)}: {reason(error)}") from error
+        return _checked(name, made, shape, classes)
     family = MNIST if max(shape[1:]) <= 28 else CIFAR
     if name not in family:
         raise UserError(f"model {name!r} is none of {', '.join(family)}, nor `package.module:factory`")
@@ -93,6 +101,11 @@ def width(extractor: nn.Module, shape: tuple[int, int, int]) -> int:
     return _probe(extractor, torch.zeros(2, *shape)).shape[-1]
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _factory(name: str) -> Callable[[tuple[int, int, int], int], object]:
     module_name, _, attribute = name.partition(":")
     # A console script does not have the working directory on its path, where a user's own module usually lies.
@@ -101,8 +114,8 @@ def _factory(name: str) -> Callable[[tuple[int, int, int], int], object]:
         sys.path.append(here)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"model {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
+        raise UserError(f"model {name!r} cannot be imported: {reason(error)}") from error
     if not callable(factory):
         raise UserError(f"model {name!r} is a {type(factory).__name__}, must be a callable taking (shape, classes)")
     return factory
@@ -118,21 +131,20 @@ def _checked(name: str, made: object, shape: tuple[int, int, int], classes: int)
     try:
         features = _probe(model.extractor, torch.zeros(2, *shape))
         logits = _probe(model.header, features)
-    except RuntimeError as error:
+        shapes = list(features.shape), list(logits.shape)
+    except Exception as error:  # whatever a user's model raises
+        raise UserError(f"model {name!r} does not run on images of {list(shape)}: {reason(error)}") from error
+    if len(shapes[0]) != 2 or shapes[1] != [2, classes]:
         raise UserError(
-            f"model {name!r} does not run on images of {list(shape)}: {str(error).splitlines()[0]}"
-        ) from error
-    if features.dim() != 2 or tuple(logits.shape) != (2, classes):
-        raise UserError(
-            f"model {name!r} gives representations {list(features.shape)} and logits {list(logits.shape)} "
-            f"for 2 images, must give [2, D] and [2, {classes}]"
+            f"model {name!r} gives representations {shapes[0]} and logits {shapes[1]} for 2 images, "
+            f"must give [2, D] and [2, {classes}]"
         )
     return model
 
 
 def _probe(module: nn.Module, x: Tensor) -> Tensor:
     was_training = module.training
-    with torch.no_grad():
+    with torch.no_grad(), globals_kept():
         out: Tensor = module.eval()(x)
     module.train(was_training)
     return out

@@ -1,17 +1,33 @@
 """Writing files so that a kill or a full disk at any moment leaves the old content or the new, never a mixture."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within the block names `path`; those of a write or a flush name no file of themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that nothing names yet; it is on disk when this returns. Raises OSError naming it."""
+    with naming(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, on disk when this returns. Raises OSError, with `path` as it was, if it cannot."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary, content)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -4,10 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmoe.errors import UserError
-
-NORMS = ("switch", "layer", "batch", "none")
-PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}
+from fedmoe.config import gate_norms
 
 
 class SwitchNorm(nn.Module):
@@ -55,7 +52,7 @@ class Gate(nn.Module):
 
     def __init__(self, features: int, hidden: int, norm: str) -> None:
         super().__init__()
-        first, second, third = parse_norm(norm)
+        first, second, third = gate_norms(norm)
         self.norm_in = _norm(first, features)
         self.fc1 = nn.Linear(features, hidden)
         self.norm_hidden = _norm(second, hidden)
@@ -67,15 +64,6 @@ class Gate(nn.Module):
         h = F.sigmoid(self.norm_hidden(self.fc1(self.norm_in(x.flatten(1)))))
         out: Tensor = self.norm_out(self.fc2(h))
         return out
-
-
-def parse_norm(norm: str) -> tuple[str, str, str]:
-    """The three norms that `norm` names; raises UserError where it names none."""
-    parts = tuple(PRESETS.get(norm, norm).split("-"))
-    if len(parts) != 3 or any(part not in NORMS for part in parts):
-        presets, norms = ", ".join(PRESETS), ", ".join(NORMS)
-        raise UserError(f'gate.norm is "{norm}", must be {presets}, or three of {norms} joined by "-"')
-    return parts
 
 
 def _norm(kind: str, features: int) -> nn.Module:

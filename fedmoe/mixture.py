@@ -1,5 +1,6 @@
 """One client's model, as the program an engine runs: two experts, a gate and a header; and theta, its shared part."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -12,7 +13,7 @@ from fedmoe import experts
 from fedmoe.config import Config
 from fedmoe.engine.program import Branch, Outputs, Program
 from fedmoe.engine.seam import Payload, Schema, TensorSpec
-from fedmoe.engine.seeds import derive
+from fedmoe.engine.seeds import derive, globals_kept, seed_globals
 from fedmoe.errors import UserError
 from fedmoe.gate import Gate
 from fedmoe.kernels.oracle import gated_mix
@@ -121,9 +122,11 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
 
 def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The untrained global expert: every client and the server start from the same."""
-    return _seeded(
-        config.seed, "init/global", 0, lambda: experts.build(config.model.global_expert, shape, classes)
-    ).extractor
+    name = config.model.global_expert
+    made = _seeded(config.seed, "init/global", 0, lambda: experts.build(name, shape, classes)).extractor
+    if not list(made.parameters()) or any(t.dtype != torch.float32 for t in theta_tensors(made)):
+        raise UserError(f"global expert {name!r} must have parameters, and all its floating-point tensors in float32")
+    return made
 
 
 def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
@@ -152,8 +155,33 @@ def schema(global_expert: nn.Module | None) -> Schema:
     return {"theta": TensorSpec(torch.float32, (sum(t.numel() for t in theta_tensors(global_expert)),))}
 
 
+def rehearse(model: Mixture, shape: tuple[int, int, int], classes: int, batch_size: int, name: str) -> None:
+    """Take a training step and evaluate on blank images, on a copy; raise UserError if that fails or changes the parts.
+
+    A model that cannot train, or whose state is not all in parameters and buffers that exist from the start, is found
+    here, before anything is written.
+    """
+    model = copy.deepcopy(model)
+    before = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    for module in model.modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            kind = type(module).__name__
+            raise UserError(f"model {name!r}: {kind} keeps state outside of tensors, which would be lost: use buffers")
+    x, y = torch.zeros(batch_size, *shape), torch.arange(batch_size) % classes
+    try:
+        with globals_kept():
+            model.train().join(model.program().run(x), y)[0].backward()
+            model.eval()(x)
+    except Exception as error:  # whatever a user's model raises
+        raise UserError(f"model {name!r} fails in a training step: {experts.reason(error)}") from error
+    after = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    if before != after:
+        odd = sorted(set(before.items()) ^ set(after.items()))[0][0]
+        raise UserError(f"model {name!r}: tensor {odd!r} appears or changes shape in training: create it at the start")
+
+
 def _seeded(seed: int, stream: str, client: int, make: Callable[[], Made]) -> Made:
-    """What `make` makes, with PyTorch's generators seeded for this use and put back afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, stream, client))
+    """What `make` makes with the global generators seeded for this use, and put back afterwards."""
+    with globals_kept():
+        seed_globals(derive(seed, stream, client))
         return make()

@@ -15,13 +15,9 @@ from torch.nn import functional as F
 
 from fedmoe.client import Client, open_client, outgoing
 from fedmoe.config import Config
-from fedmoe.engine.seam import Job, Metrics, Result, State
-from fedmoe.engine.seeds import derive, generator
+from fedmoe.engine.seam import Interrupted, Job, Metrics, Result, State
+from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
 from fedmoe.profiling import flops
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; the step in hand was finished."""
 
 
 class ReferenceEngine:
@@ -52,7 +48,9 @@ class ReferenceEngine:
         """Yield a result for every job, in job order."""
         work = self._train if kind == "train" else self._evaluate
         for job in jobs:
-            yield work(self.client(job.client), job)
+            with globals_kept():
+                result = work(self.client(job.client), job)
+            yield result
 
     def commit(self) -> None:
         """Keep the state of every client trained since the last commit."""
@@ -73,7 +71,8 @@ class ReferenceEngine:
 
     def _train(self, client: Client, job: Job) -> Result:
         start = time.perf_counter()
-        self._before[client.id] = before = client.state()
+        before = client.state()
+        at_commit = self._before.setdefault(client.id, before)
         client.receive(job.payload)
         client.mixture.train()
         epochs, size = int(job.settings["epochs"]), client.batch_size
@@ -83,7 +82,7 @@ class ReferenceEngine:
         for epoch in range(epochs):
             place = (client.id, job.round, epoch)
             order = torch.randperm(client.training, generator=generator(self.config.seed, "order", *place))
-            torch.manual_seed(derive(self.config.seed, "dropout", *place))
+            seed_globals(derive(self.config.seed, "dropout", *place))
             for indices in order.to(self.device).split(size)[:steps]:
                 if self.stop.is_set():
                     raise Interrupted
@@ -102,7 +101,8 @@ class ReferenceEngine:
         }
         if not (bool(torch.isfinite(losses)) and client.finite()):
             client.load_state(before)
-            del self._before[client.id]
+            if at_commit is before:
+                del self._before[client.id]
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return outgoing(client.id, client.schema, job.payload, 0, metrics)
         metrics |= {"loss": losses.item() / (epochs * steps), "accuracy": correct.item() / samples}
@@ -115,6 +115,7 @@ class ReferenceEngine:
         start = time.perf_counter()
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        seed_globals(derive(self.config.seed, "evaluation", client.id, job.round))
         client.mixture.eval()
         with client.lent(job.payload):
             for indices in client.held_out.split(self.config.evaluation.batch_size):
@@ -135,4 +136,5 @@ def _training_flops(client: Client) -> int:
     mixture = copy.deepcopy(client.mixture).train()
     program = mixture.program()
     x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
-    return flops.count(lambda: program.join(program.run(x), y)[0].backward()) // len(x)
+    with globals_kept():
+        return flops.count(lambda: program.join(program.run(x), y)[0].backward()) // len(x)

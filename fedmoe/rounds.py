@@ -1,24 +1,23 @@
 """The federated loop: sample, train, average, evaluate, record, checkpoint; stopped at any step, it loses no round."""
 
+import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from fedmoe import metrics, mixture
 from fedmoe.checkpoint import Writer, load
-from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Display
-from fedmoe.engine.seam import Engine, Job, Payload, Result
-from fedmoe.errors import UserError
-from fedmoe.metrics import Line, spread
-from fedmoe.reference import Interrupted, ReferenceEngine
+from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Result
+from fedmoe.errors import OutputLost, UserError
+from fedmoe.metrics import Line, Log, spread
+from fedmoe.reference import ReferenceEngine
 from fedmoe.server import Server
 
 
@@ -29,63 +28,85 @@ class Stopped(KeyboardInterrupt):
 def run_rounds(config: Config, run: Path, device: torch.device) -> None:
     """Take the run in folder `run` from its last checkpoint to its last round.
 
-    Raises Stopped after SIGINT or SIGTERM, once the step in hand is done and the last whole round is on disk, and
-    UserError where the disk refuses a write; the checkpoint before that stays whole.
+    Raises Stopped after SIGINT, SIGTERM or SIGHUP, or where nobody takes the output any more, once the step in hand is
+    done and the last whole round is on disk; and UserError where the disk refuses a write. Whatever else goes wrong,
+    the rounds that are over are saved first.
     """
-    writer = Writer(run)
-    done = saved = writer.manifest.round if writer.manifest else 0
-    theta = load(run, writer.manifest.server) if writer.manifest else initial_theta(config)
-    server = Server(config, theta)
-    rounds, hint = config.federation.rounds, f"continue with: fedmoe resume {run}"
-    try:
-        with _stopping() as stop, Display(rounds, done, len(server.sample(1))) as display:
-            engine: Engine = ReferenceEngine(config, run, device, stop)
-            log = metrics.Log(run, done)
-            held_up = 0.0  # seconds that checkpoints held training up since the line before
-            try:
-                for number in range(done + 1, rounds + 1):
-                    line, theta = _round(config, server, engine, number, display)
-                    engine.commit()
-                    server.theta, done = theta, number
-                    line["seconds"]["checkpoint"] = held_up
+    hint = f"continue with: fedmoe resume {run}"
+    with ExitStack() as stack:
+        stop = stack.enter_context(_stopping())
+        writer = Writer(run)
+        stack.callback(writer.close)
+        done = saved = writer.manifest.round
+        server = Server(config, load(run, writer.manifest.server))
+        engine: Engine = ReferenceEngine(config, run, device, stop)
+        log = stack.enter_context(Log(run, done))
+        rounds = config.federation.rounds
+        display = stack.enter_context(Display(rounds, done, len(server.sample(1))))
+
+        def save() -> None:
+            with _disk(hint):
+                writer.wait()
+                log.sync()  # the manifest must not be ahead of the metrics
+                writer.submit(done, server.theta, engine.changed())
+
+        held_up = 0.0  # seconds that checkpoints held training up since the line before
+        try:
+            for number in range(done + 1, rounds + 1):
+                line, theta = _round(config, server, engine, number, display)
+                engine.commit()
+                server.theta, done = theta, number
+                line["seconds"]["checkpoint"] = held_up
+                held_up = 0.0
+                with _disk(hint):
                     log.append(line)
-                    display.round(line)
-                    held_up = 0.0
-                    if number % config.checkpoint.every == 0 or number == rounds:
-                        start = time.perf_counter()
-                        writer.submit(number, server.theta, engine.changed())
-                        saved, held_up = number, time.perf_counter() - start
-            except Interrupted:
-                engine.rollback()
-                if saved < done:
-                    writer.submit(done, server.theta, engine.changed())
-                raise Stopped(f"stopped after round {done} of {rounds}; {hint}") from None
-            finally:
-                writer.close()
-                log.close()
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{error.strerror}; the last checkpoint is whole: make room, then {hint}") from error
+                if number % config.checkpoint.every == 0 or number == rounds:
+                    start = time.perf_counter()
+                    save()
+                    saved, held_up = number, time.perf_counter() - start
+                display.round(line)
+        except KeyboardInterrupt:
+            raise Stopped(f"stopped at once, the last checkpoint is whole; {hint}") from None
+        except UserError:
+            raise
+        except Exception as error:
+            engine.rollback()
+            if saved < done:
+                save()
+            if isinstance(error, Interrupted | OutputLost):
+                why = f" ({error})" if isinstance(error, OutputLost) else ""
+                with _disk(hint):
+                    writer.wait()
+                raise Stopped(f"stopped after round {done} of {rounds}{why}; {hint}") from None
+            raise
+        with _disk(hint):
+            writer.wait()
 
 
-def initial_theta(config: Config) -> Payload:
-    """Theta before the first round, the one every client was initialized with; {} with nothing shared."""
-    if config.method == "local":
-        return {}
-    dataset = load_data(config.data, config.seed)
-    _, channels, height, width = dataset.images.shape
-    return mixture.pack(mixture.build_global(config, (channels, height, width), len(dataset.classes)))
+def evaluation(
+    engine: Engine,
+    number: int,
+    clients: list[int],
+    theta: Payload,
+    aggregated: bool,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Line:
+    """Accuracy and loss of `clients` on their held-out samples, with their own theta and, if asked, with the given.
 
-
-def evaluation(engine: Engine, number: int, clients: list[int], theta: Payload, aggregated: bool) -> Line:
-    """Accuracy and loss of `clients` on their held-out samples, with their own theta and, if asked, with the given."""
+    Clients whose loss is not finite are named. `progress` hears how many of how many evaluations are done.
+    """
     line: Line = {"evaluated": clients}
-    results = list(engine.run("evaluate", [Job(client, number, {}) for client in clients]))
-    line["accuracy"] = spread([_number(r, "accuracy") for r in results])
-    line["test_loss"] = spread([_number(r, "loss") for r in results])
-    if aggregated and theta:
-        results = list(engine.run("evaluate", [Job(client, number, theta) for client in clients]))
-        line["accuracy_aggregated"] = spread([_number(r, "accuracy") for r in results])
+    kinds: dict[str, Payload] = {"": {}} | ({"_aggregated": theta} if aggregated and theta else {})
+    not_finite: set[int] = set()
+    for i, (suffix, payload) in enumerate(kinds.items()):
+        results = []
+        for result in engine.run("evaluate", [Job(client, number, payload) for client in clients]):
+            results.append(result)
+            progress(i * len(clients) + len(results), len(kinds) * len(clients))
+        line[f"accuracy{suffix}"] = spread([_number(r, "accuracy") for r in results])
+        line[f"test_loss{suffix}"] = spread([_number(r, "loss") for r in results])
+        not_finite |= {r.client for r in results if not math.isfinite(_number(r, "loss"))}
+    line["not_finite"] = sorted(not_finite)
     return line
 
 
@@ -114,7 +135,7 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
     if number % config.evaluation.every == 0 or number == config.federation.rounds:
         everyone = list(range(config.federation.clients))
         clients = everyone if config.evaluation.clients == "all" else sampled
-        line |= evaluation(engine, number, clients, theta, config.evaluation.aggregated)
+        line |= evaluation(engine, number, clients, theta, config.evaluation.aggregated, display.evaluating)
     end = time.perf_counter()
     line["seconds"] = {
         "round": end - start,
@@ -145,8 +166,18 @@ def _bytes(payload: Payload) -> int:
 
 
 @contextmanager
+def _disk(hint: str) -> Iterator[None]:
+    """What the disk refuses, in one line."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        raise UserError(f"{why}; the last checkpoint is whole: make room, then {hint}") from error
+
+
+@contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second interrupts at once."""
+    """An event that the first signal to stop sets; the second interrupts at once."""
     event = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -154,7 +185,7 @@ def _stopping() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield event
     finally:

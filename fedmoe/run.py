@@ -1,5 +1,6 @@
 """The life of a run folder: started, resumed, evaluated; one process at a time, nothing in it ever half written."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -7,7 +8,6 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,28 +18,28 @@ import fedmoe
 from fedmoe import checkpoint, configfile, metrics, mixture, partition
 from fedmoe.client import check_batch, load_data
 from fedmoe.config import Config
-from fedmoe.display import accuracies, summary
+from fedmoe.display import Output, accuracies, summary
 from fedmoe.engine.device import prepare
-from fedmoe.errors import UserError
+from fedmoe.errors import OutputLost, UserError
 from fedmoe.files import write_atomic
 from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
 from fedmoe.rounds import evaluation, run_rounds
 
-STARTED = {".lock", "partition.safetensors", "environment.json"}
+STARTED = {".lock", "partition.safetensors", "environment.json", "checkpoints"}
 """What a start that was killed can leave behind, besides temporary files; the next start overwrites it."""
+
+FREE = ("run.", "federation.rounds", "data.name", "evaluation.", "checkpoint.")
+"""What may be changed in the configuration of a run that has begun: all else decides what its numbers are."""
 
 
 def train(config: Config) -> Path:
     """Start a run, take it through its rounds, return its folder; until every check has passed nothing is written."""
     configfile.check(config)
-    run = Path(config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if (run / "config.toml").exists():
-        raise UserError(
-            f"{run} already holds a run: continue it with `fedmoe resume {run}`, or choose another --run.dir"
-        )
-    if run.exists() and not (run.is_dir() and all(p.name in STARTED or p.suffix == ".tmp" for p in run.iterdir())):
-        raise UserError(f"{run} exists and is not a run: choose another --run.dir")
+    for line in configfile.ignored(config):
+        warn(line)
+    run = Path(config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")).expanduser()
+    _check_free(run)
     folder = Path(config.data.name).expanduser()
     if folder.is_dir():  # the run may be resumed from another working directory
         config = replace(config, data=replace(config.data, name=str(folder.resolve())))
@@ -51,17 +51,22 @@ def train(config: Config) -> Path:
     for warning in caught:
         warn(str(warning.message))
     _, channels, height, width = dataset.images.shape
-    models = [
-        mixture.build(config, i, (channels, height, width), classes) for i in range(min(len(config.model.local), n))
-    ]
-    for client in range(n):
-        batch = min(config.training.batch_size, len(split.train(client)))
-        check_batch(client, models[client % len(models)], batch)
+    shape = channels, height, width
+    for first, name in enumerate(config.model.local[:n]):
+        model = mixture.build(config, first, shape, classes)
+        owners = range(first, n, len(config.model.local))
+        smallest = min(owners, key=lambda client: len(split.train(client)))
+        batch = min(config.training.batch_size, len(split.train(smallest)))
+        check_batch(smallest, model, batch)
+        mixture.rehearse(model, shape, classes, batch, name)
+    theta = {} if config.method == "local" else mixture.pack(mixture.build_global(config, shape, classes))
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
+        _check_free(run)  # once more: another process may have been faster
         split.save(run / "partition.safetensors")
-        facts = environment(device) | {"data": dataset.fingerprint, "partition": split.fingerprint}
-        write_atomic(run / "environment.json", json.dumps(facts, indent=1).encode())
+        began = {"data": dataset.fingerprint, "partition": split.fingerprint, "config": configfile.flat(config)}
+        write_atomic(run / "environment.json", json.dumps(environment(device) | began, indent=1).encode())
+        checkpoint.create(run, theta)
         # Last: with it, the folder is a run and can be resumed.
         write_atomic(run / "config.toml", configfile.save(config))
         _finish(config, run, device)
@@ -75,14 +80,11 @@ def resume(run: Path, rounds: int | None) -> None:
         if rounds is not None:
             config = replace(config, federation=replace(config.federation, rounds=rounds))
             configfile.check(config)
-        manifest = checkpoint.read_manifest(run)
-        done = manifest.round if manifest else 0
-        if done >= config.federation.rounds:
-            raise UserError(
-                f"{run} has trained {done} of {config.federation.rounds} rounds: give --rounds to train more"
-            )
+        done, wanted = checkpoint.read_manifest(run).round, config.federation.rounds
+        if done >= wanted:
+            raise UserError(f"{run} has trained {done} rounds of {wanted}: give --rounds more than {done} to train on")
         device = _restore(config, run)
-        _verify(run, manifest)
+        metrics.read(run)
         if rounds is not None:
             write_atomic(run / "config.toml", configfile.save(config))
         _finish(config, run, device)
@@ -94,18 +96,17 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
     n = config.federation.clients
     if wrong := [client for client in clients if not 0 <= client < n]:
         raise UserError(f"there is no client {wrong[0]}: the run has clients 0 to {n - 1}")
-    manifest = checkpoint.read_manifest(run)
-    if manifest is None:
-        raise UserError(f"{run} has no checkpoint yet: continue it with `fedmoe resume {run}`")
-    device = _restore(config, run)
-    _verify(run, manifest)
-    theta = checkpoint.load(run, manifest.server)
-    engine = ReferenceEngine(config, run, device)
-    line = {"round": manifest.round} | evaluation(engine, manifest.round, clients or list(range(n)), theta, aggregated)
+    with _locked(run):  # a run in progress would take files away in the middle
+        device = _restore(config, run)
+        manifest = checkpoint.read_manifest(run)
+        theta = checkpoint.load(run, manifest.server)
+        engine = ReferenceEngine(config, run, device)
+        chosen = sorted(set(clients)) or list(range(n))
+        line = {"round": manifest.round} | evaluation(engine, manifest.round, chosen, theta, aggregated)
     if as_json:
         print(json.dumps(line))
     else:
-        accuracies(Console(), config, Split.load(run / "partition.safetensors"), line)
+        accuracies(Output(), config, Split.load(run / "partition.safetensors"), line)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -124,15 +125,31 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def _finish(config: Config, run: Path, device: torch.device) -> None:
     run_rounds(config, run, device)
-    console = Console()
-    summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))
-    console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
+    console = Output()
+    with contextlib.suppress(OutputLost, OSError):  # all is on disk
+        summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))
+        console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
+
+
+def _check_free(run: Path) -> None:
+    """Raise UserError unless a run can be started in folder `run`."""
+    if (run / "config.toml").exists():
+        raise UserError(f"{run} already holds a run: `fedmoe resume {run}` continues it; or choose another --run.dir")
+    if run.exists() and not (run.is_dir() and all(p.name in STARTED or p.suffix == ".tmp" for p in run.iterdir())):
+        raise UserError(f"{run} exists and is not a run: choose another --run.dir")
+    above = next(folder for folder in [run, *run.absolute().parents] if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(
+            f"{run} cannot be made: {above} is not a folder that can be written to: choose another --run.dir"
+        )
 
 
 def _open(run: Path) -> Config:
     if not (run / "config.toml").is_file():
         raise UserError(f"{run} is not a run, it has no config.toml: start one with `fedmoe train`")
-    return configfile.read(run / "config.toml")
+    config = configfile.read(run / "config.toml")
+    configfile.check(config)
+    return config
 
 
 def _prepare(config: Config, threads: int) -> torch.device:
@@ -143,35 +160,43 @@ def _prepare(config: Config, threads: int) -> torch.device:
 
 
 def _restore(config: Config, run: Path) -> torch.device:
-    """The device, with the threads the run began with; warns of what else differs, refuses data that does."""
+    """The device, with the threads the run began with. Warns of versions that differ.
+
+    Raises UserError where the run is not as it was left: configuration, data, partition, any file of the checkpoint.
+    """
     path = run / "environment.json"
     try:
         then = json.loads(path.read_text())
-        device = _prepare(config, int(then["threads"]))
-        data, dealt = then["data"], then["partition"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); restore it from a copy") from error
-    now = environment(device)
-    for name, value in now.items():
+        threads, data, dealt, began = (then[name] for name in ("threads", "data", "partition", "config"))
+        if not (isinstance(threads, int) and threads > 0 and isinstance(began, dict)):
+            raise ValueError(f"threads is {threads!r}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is missing or damaged ({type(error).__name__}: {error}): restore it") from error
+    now = json.loads(json.dumps(configfile.flat(config)))
+    for name in sorted(now.keys() | began.keys()):
+        if now.get(name) != began.get(name) and not name.startswith(FREE):
+            differs = f"{name} is {now.get(name)!r}, the run began with {began.get(name)!r}"
+            raise UserError(f"{run / 'config.toml'}: {differs}: put it back, or start a new run")
+    device = _prepare(config, threads)
+    for name, value in environment(device).items():
         if then.get(name) != value:
             warn(f"{name} was {then.get(name)}, now {value}: the numbers may differ from an uninterrupted run's")
-    if (cores := os.cpu_count() or 1) < then["threads"]:
-        warn(f"the run began with {then['threads']} threads, which are kept, but this machine has {cores} cores")
-    fingerprint = load_data(config.data, config.seed).fingerprint
-    if fingerprint != data:
-        raise UserError(
-            f"data {config.data.name}: fingerprint {fingerprint[:12]}, the run began with {data[:12]}: restore it"
-        )
-    found = Split.load(run / "partition.safetensors").fingerprint
-    if found != dealt:
-        raise UserError(f"{run / 'partition.safetensors'}: fingerprint {found[:12]}, the run began with {dealt[:12]}")
-    return device
-
-
-def _verify(run: Path, manifest: checkpoint.Manifest | None) -> None:
-    """Read every file of the checkpoint once, so that a bad one is found before anything is done with the run."""
-    for entry in [manifest.server, *manifest.clients.values()] if manifest else []:
+    if (cores := os.cpu_count() or 1) < threads:
+        warn(f"the run began with {threads} threads, which are kept, but this machine has {cores} cores")
+    fingerprints = {
+        f"data {config.data.name}": (load_data(config.data, config.seed).fingerprint, data),
+        str(run / "partition.safetensors"): (Split.load(run / "partition.safetensors").fingerprint, dealt),
+    }
+    for what, (found, expected) in fingerprints.items():
+        if found != expected:
+            raise UserError(f"{what}: fingerprint {found[:12]}, the run began with {str(expected)[:12]}: restore it")
+    manifest = checkpoint.read_manifest(run)
+    if wrong := [client for client in manifest.clients if client >= config.federation.clients]:
+        last = config.federation.clients - 1
+        raise UserError(f"{run / 'checkpoints/manifest.json'}: names client {wrong[0]}, the last is {last}: restore it")
+    for entry in [manifest.server, *manifest.clients.values()]:
         checkpoint.load(run, entry)
+    return device
 
 
 def warn(text: str) -> None:
@@ -179,12 +204,14 @@ def warn(text: str) -> None:
     Console(stderr=True).print(f"fedmoe: warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
     """Keep other processes out of the run; the system lets go of the lock however this process ends."""
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run} is in use by another process: wait until it ends") from None
+    handle = os.open(run / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise UserError(f"{run} is in use by another process: wait until it ends") from None
+    finally:
+        os.close(handle)

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmoe import partition
-from fedmoe.client import load_data
 from fedmoe.config import Config, Data, Federation, Training
 from fedmoe.reference import ReferenceEngine
-from tests.support import Command, Done
+from tests.support import Command, Done, begin
 
 CPU = torch.device("cpu")
 
@@ -38,15 +36,8 @@ def opened(tmp_path: Path) -> Callable[[Config], ReferenceEngine]:
 
     def make(config: Config) -> ReferenceEngine:
         nonlocal count
-        run = tmp_path / f"engine-{count}"
         count += 1
-        run.mkdir()
-        data = load_data(config.data, config.seed)
-        n = config.federation.clients
-        partition.deal(data.labels, len(data.classes), config.partition, n, config.seed).save(
-            run / "partition.safetensors"
-        )
-        return ReferenceEngine(config, run, CPU)
+        return ReferenceEngine(config, begin(config, tmp_path / f"engine-{count}"), CPU)
 
     return make
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedmoe import checkpoint, mixture, partition
+from fedmoe.client import load_data
 from fedmoe.config import Config
+from fedmoe.engine.seam import Payload
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--data.limit=300", "--federation.clients=5", "--federation.rounds=2", "--run.threads=1")
@@ -28,6 +31,24 @@ def changed(config: Config, **sections: Any) -> Config:
     return replace(config, **new)
 
 
+def begin(config: Config, run: Path) -> Path:
+    """Lay down what a run has before its first round, in folder `run`; returns it."""
+    run.mkdir()
+    data = load_data(config.data, config.seed)
+    n = config.federation.clients
+    dealt = partition.deal(data.labels, len(data.classes), config.partition, n, config.seed)
+    dealt.save(run / "partition.safetensors")
+    checkpoint.create(run, {} if config.method == "local" else theta(config))
+    return run
+
+
+def theta(config: Config) -> Payload:
+    """Theta before the first round."""
+    data = load_data(config.data, config.seed)
+    _, channels, height, width = data.images.shape
+    return mixture.pack(mixture.build_global(config, (channels, height, width), len(data.classes)))
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command left: its exit code (negative: the signal that ended it) and what it printed."""
@@ -36,9 +57,9 @@ class Done:
     out: str
     err: str
 
-    def one_line(self) -> str:
+    def one_line(self, code: int = 1) -> str:
         """The single line a failed command printed on its error stream; asserts that it did no more than that."""
-        assert self.code == 1, self
+        assert self.code == code, self
         lines = self.err.strip().splitlines()
         assert len(lines) == 1, self.err
         assert lines[0].startswith("fedmoe: error: "), lines[0]

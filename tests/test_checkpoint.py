@@ -20,20 +20,32 @@ def names(run: Path) -> list[str]:
 
 
 def written(run: Path) -> Writer:
+    checkpoint.create(run, {"theta": torch.zeros(4)})
     writer = Writer(run)
     writer.submit(1, {"theta": torch.ones(4)}, {0: state(1), 3: state(3)})
     writer.wait()
     return writer
 
 
-def test_nothing_written_is_no_checkpoint(tmp_path: Path) -> None:
-    assert read_manifest(tmp_path) is None
+def test_a_run_has_a_checkpoint_before_its_first_round(tmp_path: Path) -> None:
+    checkpoint.create(tmp_path, {"theta": torch.ones(4)})
+    manifest = read_manifest(tmp_path)
+    assert (manifest.round, manifest.clients) == (0, {})
+    assert torch.equal(load(tmp_path, manifest.server)["theta"], torch.ones(4))
+
+
+def test_missing_manifest_is_refused_and_nothing_removed(tmp_path: Path) -> None:
+    written(tmp_path).close()
+    (tmp_path / "checkpoints" / "manifest.json").unlink()
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json: is missing: restore it from a copy"):
+        Writer(tmp_path)
+    assert names(tmp_path) == before
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     written(tmp_path).close()
     manifest = read_manifest(tmp_path)
-    assert manifest is not None
     assert manifest.round == 1
     assert torch.equal(load(tmp_path, manifest.server)["theta"], torch.ones(4))
     assert list(manifest.clients) == [0, 3]
@@ -58,11 +70,11 @@ def test_only_changed_clients_are_written_and_old_files_go_after(tmp_path: Path)
 
 
 def test_nothing_shared_is_a_checkpoint_too(tmp_path: Path) -> None:
+    checkpoint.create(tmp_path, {})
     writer = Writer(tmp_path)
     writer.submit(1, {}, {0: state(1)})
     writer.close()
     manifest = read_manifest(tmp_path)
-    assert manifest is not None
     assert load(tmp_path, manifest.server) == {}
 
 
@@ -73,6 +85,17 @@ def test_leftovers_of_a_kill_are_removed_by_the_next_writer(tmp_path: Path) -> N
         (tmp_path / "checkpoints" / name).write_bytes(b"half")
     Writer(tmp_path).close()
     assert names(tmp_path) == before
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    writer = written(tmp_path)
+    for name in ("notes.txt", "manifest.json.bak", "best.safetensors"):
+        (tmp_path / "checkpoints" / name).write_text("mine")
+    (tmp_path / "checkpoints" / "server.r9.safetensors.d").mkdir()
+    writer.submit(2, {"theta": torch.zeros(4)}, {})
+    writer.close()
+    Writer(tmp_path).close()
+    assert {"notes.txt", "manifest.json.bak", "best.safetensors", "server.r9.safetensors.d"} <= set(names(tmp_path))
 
 
 @pytest.mark.parametrize("fail_at", range(1, 7))
@@ -91,10 +114,10 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(
 
     monkeypatch.setattr("os.fsync", refuse)
     writer.submit(2, {"theta": torch.zeros(4)}, {0: state(5), 3: state(4)})
-    with pytest.raises(OSError, match="No space left"):
-        writer.wait()
+    for _ in range(2):  # every time from then on: what was to be written is not there
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
     manifest = read_manifest(tmp_path)
-    assert manifest is not None
     if fail_at < 6:  # the sixth comes after the manifest is in place
         assert manifest.round == 1
         assert torch.equal(load(tmp_path, manifest.server)["theta"], torch.ones(4))
@@ -113,7 +136,6 @@ def test_bad_file_is_named_with_the_check_it_failed(tmp_path: Path, spoil: objec
     written(tmp_path).close()
     spoil(tmp_path / "checkpoints" / "client-3.r1.safetensors")  # type: ignore[operator]
     manifest = read_manifest(tmp_path)
-    assert manifest is not None
     with pytest.raises(UserError, match=rf"client-3\.r1\.safetensors: {complaint}"):
         load(tmp_path, manifest.clients[3])
 
@@ -147,9 +169,14 @@ def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_manifest_cannot_lead_outside_the_folder(tmp_path: Path) -> None:
+def test_manifest_names_files_of_their_owners_alone(tmp_path: Path) -> None:
     written(tmp_path).close()
     path = tmp_path / "checkpoints" / "manifest.json"
-    path.write_text(path.read_text().replace("server.r1.safetensors", "../../server.r1.safetensors"))
-    with pytest.raises(UserError, match="not a manifest"):
+    text = path.read_text()
+    for wrong in ("../../server.r1.safetensors", "client-0.r1.safetensors"):
+        path.write_text(text.replace("server.r1.safetensors", wrong))
+        with pytest.raises(UserError, match="is not a file of server"):
+            read_manifest(tmp_path)
+    path.write_text(text.replace("client-3.r1", "client-0.r1"))
+    with pytest.raises(UserError, match="is not a file of client-3"):
         read_manifest(tmp_path)

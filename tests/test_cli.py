@@ -85,7 +85,6 @@ def make(shape, classes):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--federation.round=3"], "unknown key '--federation.round'; the nearest is 'federation.rounds'"),
         (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory"),
         (["--federation.rounds=0"], "federation.rounds is 0, must be more than 0"),
         (["--run.device=cuda"], 'run.device is "cuda", but PyTorch'),
@@ -115,6 +114,35 @@ def test_bad_setting(tmp_path: Path, fedmoe: Fedmoe, words: list[str], line: str
     after = {p: c for p, c in disk(tmp_path).items() if "__pycache__" not in p.parts}
     assert after == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--federation.round=3"], "unknown key '--federation.round'; the nearest is 'federation.rounds'"),
+        (["--lr=3"], "unknown key '--lr'; the nearest is 'training.lr'"),
+        (["--data.limit=x"], "--data.limit: "),
+        (["--seed=1", "other.toml"], "the configuration file comes first, and there is only one): other.toml"),
+    ],
+)
+def test_words_that_are_not_understood(tmp_path: Path, fedmoe: Fedmoe, words: list[str], line: str) -> None:
+    assert line in fedmoe("train", "--run.dir=run", *words).one_line(2)
+    assert disk(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("afile/sub", "afile is not a folder that can be written to: choose another --run.dir"),
+        ("afile", "afile exists and is not a run"),
+        ("x" * 300, "File name too long"),
+        ("/proc/x", "/proc/x"),
+    ],
+)
+def test_run_folders_that_cannot_be(tmp_path: Path, fedmoe: Fedmoe, name: str, line: str) -> None:
+    (tmp_path / "afile").write_text("mine")
+    assert line in fedmoe("train", *SMALL, f"--run.dir={name}").one_line()
+    assert disk(tmp_path) == {Path("afile"): b"mine"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -168,6 +196,35 @@ def spoil_manifest(run: Path) -> str:
     return "manifest.json: not a manifest"
 
 
+def spoil_no_manifest(run: Path) -> str:
+    (run / "checkpoints" / "manifest.json").unlink()
+    return "manifest.json: is missing: restore it from a copy"
+
+
+def spoil_client_beyond(run: Path) -> str:
+    path = run / "checkpoints" / "manifest.json"
+    path.write_text(path.read_text().replace('"4": {', '"7": {').replace("client-4.", "client-7."))
+    return "manifest.json: names client 7, the last is 4"
+
+
+def spoil_lr(run: Path) -> str:
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("lr = 0.01", "lr = 0.1"))
+    return "config.toml: training.lr is 0.1, the run began with 0.01: put it back, or start a new run"
+
+
+def spoil_clients(run: Path) -> str:
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("clients = 5", "clients = 4"))
+    return "config.toml: federation.clients is 4, the run began with 5"
+
+
+def spoil_threads(run: Path) -> str:
+    path = run / "environment.json"
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": "x"'))
+    return "environment.json: is missing or damaged (ValueError: threads is 'x')"
+
+
 def spoil_missing(run: Path) -> str:
     next((run / "checkpoints").glob("client-0.*")).unlink()
     return "but the manifest names it"
@@ -187,13 +244,26 @@ def spoil_config(run: Path) -> str:
 
 def spoil_environment(run: Path) -> str:
     (run / "environment.json").write_text("{")
-    return "environment.json: cannot be read (JSONDecodeError"
+    return "environment.json: is missing or damaged (JSONDecodeError"
 
 
 @pytest.mark.parametrize("command", ["resume", "eval"])
 @pytest.mark.parametrize(
     "spoil",
-    [spoil_client, spoil_server, spoil_manifest, spoil_missing, spoil_partition, spoil_config, spoil_environment],
+    [
+        spoil_client,
+        spoil_server,
+        spoil_manifest,
+        spoil_no_manifest,
+        spoil_client_beyond,
+        spoil_missing,
+        spoil_partition,
+        spoil_config,
+        spoil_lr,
+        spoil_clients,
+        spoil_environment,
+        spoil_threads,
+    ],
 )
 def test_bad_run(run: Path, fedmoe: Fedmoe, spoil: Callable[[Path], str], command: str) -> None:
     line = spoil(run)
@@ -212,7 +282,7 @@ def test_folders_that_are_no_runs_or_are_already(tmp_path: Path, run: Path, fedm
         "mine exists and is not a run: choose another --run.dir" in fedmoe("train", *SMALL, "--run.dir=mine").one_line()
     )
     line = fedmoe("train", *SMALL, "--run.dir=run").one_line()
-    assert "run already holds a run: continue it with `fedmoe resume run`" in line
+    assert "run already holds a run: `fedmoe resume run` continues it" in line
     assert "there is no client 5: the run has clients 0 to 4" in fedmoe("eval", run, "--clients", 5).one_line()
     assert disk(tmp_path) == before
 
@@ -222,7 +292,8 @@ def test_one_process_at_a_time(tmp_path: Path, fedmoe: Fedmoe) -> None:
     deadline = time.monotonic() + 60
     while not metrics.read(tmp_path / "run") and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert "run is in use by another process" in fedmoe("resume", "run").one_line()
+    for command in ("resume", "eval"):
+        assert "run is in use by another process" in fedmoe(command, "run").one_line()
     os.kill(first.pid, signal.SIGINT)
     assert first.wait().code == 130
     # The lock goes with the process, even one that is killed.
@@ -230,7 +301,7 @@ def test_one_process_at_a_time(tmp_path: Path, fedmoe: Fedmoe) -> None:
     time.sleep(0.5)
     second.process.kill()
     second.wait()
-    assert "has trained" not in fedmoe("resume", "run", "--rounds=1").out
+    assert "run has trained" in fedmoe("resume", "run", "--rounds=1").one_line()
 
 
 def limit_file_size(limit: int) -> None:
@@ -262,8 +333,7 @@ def test_full_disk_keeps_the_last_checkpoint(full_disk: Path, tmp_path: Path) ->
         in done.one_line()
     )
     manifest = checkpoint.read_manifest(run)
-    assert manifest is not None
-    assert manifest.round == 1
+    assert manifest.round >= 1
     subprocess.run(["mount", "-o", "remount,size=64m", full_disk], check=True)
     assert Command(tmp_path, "resume", run).wait().code == 0
 
@@ -301,3 +371,83 @@ def test_no_module_can_unpickle() -> None:
             text = path.read_text()
             for word in ("import pickle", "torch.load(", "np.load(", "numpy.load(", "joblib", "allow_pickle"):
                 assert word not in text, (path, word)
+
+
+def test_damaged_metrics_are_refused_before_anything_changes(run: Path, fedmoe: Fedmoe) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("garbage\n")
+    before = disk(run)
+    assert "metrics.jsonl: line 3 is no round's metrics" in fedmoe("resume", run, "--rounds=9").one_line()
+    assert disk(run) == before
+
+
+def test_output_that_nobody_reads_stops_the_run_in_order(tmp_path: Path) -> None:
+    words = ["train", *SMALL, "--run.dir=run", "--federation.rounds=50", "--checkpoint.every=7"]
+    script = f"{sys.executable} -m fedmoe {' '.join(words)} | head -n 2"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    rounds = checkpoint.read_manifest(tmp_path / "run").round
+    assert done.stderr == (
+        f"fedmoe: stopped after round {rounds} of 50 (nobody reads the output any more); "
+        "continue with: fedmoe resume run\n"
+    )
+    assert len(metrics.read(tmp_path / "run")) == rounds
+    assert 2 <= rounds < 50
+
+
+def test_output_that_is_refused(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    assert fedmoe("train", *SMALL, "--run.dir=run").code == 0
+    command = [sys.executable, "-m", "fedmoe", "eval", str(tmp_path / "run"), "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "fedmoe: error: output: No space left on device\n")
+
+
+def test_terminal_that_knows_no_plus_minus(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fedmoe", "train", *SMALL, "--run.dir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy 0." in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_before_there_is_anything_to_save(tmp_path: Path, number: signal.Signals) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fedmoe", "train", *SMALL, "--run.dir=run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(0.7)  # in the middle of the imports
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "fedmoe: interrupted\n")
+    assert disk(tmp_path) == {}
+
+
+def test_second_signal_stops_at_once_and_keeps_the_checkpoint(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    command = Command(tmp_path, "train", *SMALL, "--run.dir=run", "--federation.epochs=1000", plant=signal_twice)
+    done = command.wait()
+    assert done.code == 130
+    assert done.err == "fedmoe: stopped at once, the last checkpoint is whole; continue with: fedmoe resume run\n"
+    assert checkpoint.read_manifest(tmp_path / "run").round == 0
+    assert fedmoe("eval", "run").code == 0
+
+
+def signal_twice() -> None:
+    """Have this process send itself the signal twice in its third training step."""
+    from fedmoe.client import Client
+
+    batch, count = Client.batch, 0
+
+    def counted(self: Client, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, indices)
+
+    Client.batch = counted  # type: ignore[method-assign]

@@ -1,17 +1,21 @@
 """A client keeps what is its own, takes in theta, and lets nothing else out."""
 
 import ast
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedmoe.client import outgoing
+from fedmoe.client import load_data, open_client, outgoing
 from fedmoe.config import Config
 from fedmoe.engine.seam import Job, Metrics, TensorSpec
 from fedmoe.errors import UserError
+from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
-from tests.support import ROOT, changed
+from tests.support import ROOT, begin, changed
 
 Opened = Callable[[Config], ReferenceEngine]
 SCHEMA = {"theta": TensorSpec(torch.float32, (3,))}
@@ -117,7 +121,7 @@ def test_state_is_a_copy(config: Config, opened: Opened) -> None:
         (lambda s: s.update({"model/extra": torch.ones(1)}), "'model/extra' is unknown"),
         (
             lambda s: s.update({"model/header.bias": torch.ones(3)}),
-            r"'model/header.bias' is \[3\], the client's is \[10\]",
+            r"'model/header.bias' is torch.float32 \[3\], the client's is torch.float32 \[10\]",
         ),
     ],
 )
@@ -162,3 +166,46 @@ def test_batch_normalization_with_batches_of_one_is_refused(config: Config, open
     engine = opened(changed(config, training={"batch_size": 1}, gate={"norm": "paper"}))
     with pytest.raises(UserError, match="client 0 trains with batches of 1 sample, batch normalization needs 2"):
         engine.client(0)
+
+
+def test_theta_that_does_not_fit_is_refused(config: Config, opened: Opened) -> None:
+    client = opened(config).client(0)
+    with pytest.raises(ValueError, match=r"client 0 cannot take this in: 'theta' is torch.float32 \[3\], must be"):
+        client.receive({"theta": torch.zeros(3)})
+
+
+def make_masked(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    extractor = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 50))
+    extractor.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    return extractor, torch.nn.Linear(50, classes)
+
+
+def test_buffer_that_is_infinite_from_the_start_is_in_order(config: Config, opened: Opened) -> None:
+    engine = opened(changed(config, model={"local": (f"{__name__}:make_masked",)}))
+    assert engine.client(0).finite()
+    train(engine, 0)
+    assert engine.changed() == {}
+    engine.commit()
+    assert list(engine.changed()) == [0]
+    engine.client(0).mixture.get_parameter("header.bias").data[0] = torch.nan
+    assert not engine.client(0).finite()
+
+
+def test_running_statistics_that_are_not_finite_count(config: Config, opened: Opened) -> None:
+    client = opened(changed(config, gate={"norm": "batch-none-none"})).client(0)
+    client.mixture.get_buffer("gate.norm_in.running_mean")[0] = torch.nan
+    assert not client.finite()
+
+
+def test_a_new_run_in_the_same_folder_has_its_own_partition(config: Config, tmp_path: Path) -> None:
+    first = open_client(config, 0, begin(config, tmp_path / "run"), torch.device("cpu"))
+    shutil.rmtree(tmp_path / "run")
+    other = open_client(
+        replace(config, seed=1), 0, begin(replace(config, seed=1), tmp_path / "run"), torch.device("cpu")
+    )
+    assert first.labels.tolist() != other.labels.tolist()
+    assert torch.equal(other.labels[other.held_out], held_out_labels(replace(config, seed=1), tmp_path / "run"))
+
+
+def held_out_labels(config: Config, run: Path) -> torch.Tensor:
+    return load_data(config.data, config.seed).labels[Split.load(run / "partition.safetensors").test(0)]

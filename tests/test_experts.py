@@ -84,6 +84,30 @@ def make_one(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Flatten()
 
 
+def make_that_fails(shape: tuple[int, int, int], classes: int) -> None:
+    raise KeyError("x")
+
+
+def make_that_exits(shape: tuple[int, int, int], classes: int) -> None:
+    raise SystemExit(3)
+
+
+class Pair(nn.Flatten):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return x, x
+
+
+def make_tuples(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Pair(), nn.Linear(6, classes)
+
+
+SHARED = nn.Sequential(nn.Flatten(), nn.Linear(784, 50))
+
+
+def make_shared(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return SHARED, nn.Linear(50, classes)
+
+
 def make_wrong_classes(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
     return nn.Flatten(), nn.LazyLinear(classes + 1)
 
@@ -101,9 +125,14 @@ def test_factory() -> None:
 @pytest.mark.parametrize(
     ("factory", "complaint"),
     [
-        ("no_such_module:make", "cannot be imported: No module named 'no_such_module'"),
-        (f"{__name__}:no_such_name", "cannot be imported: module .* has no attribute 'no_such_name'"),
+        ("no_such_module:make", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        (f"{__name__}:no_such_name", "cannot be imported: AttributeError: module .* has no attribute 'no_such_name'"),
         (f"{__name__}:MNIST_SHAPE", "is a tuple, must be a callable"),
+        ("os:getcwd", "cannot be made .*: TypeError: "),
+        (f"{__name__}:make_that_fails", "cannot be made .*: KeyError: 'x'"),
+        (f"{__name__}:make_that_exits", "cannot be made .*: SystemExit: 3"),
+        (":make", "cannot be imported: ValueError: Empty module name"),
+        (f"{__name__}:make_tuples", "does not run on images of .*: "),
         (f"{__name__}:make_one", r"gave Flatten, must give \(extractor, header\)"),
         (f"{__name__}:make_wrong_classes", r"logits \[2, 11\] for 2 images, must give \[2, D\] and \[2, 10\]"),
         (f"{__name__}:make_that_does_not_run", r"does not run on images of \[3, 32, 32\]"),
@@ -112,3 +141,9 @@ def test_factory() -> None:
 def test_factory_that_does_not_fit(factory: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         build(factory, CIFAR_SHAPE, 10)
+
+
+def test_factory_that_hands_out_one_object_does_not_have_clients_share_it() -> None:
+    first, second = (build(f"{__name__}:make_shared", MNIST_SHAPE, 10).extractor for _ in range(2))
+    assert first is not second
+    assert not {p.data_ptr() for p in first.parameters()} & {p.data_ptr() for p in second.parameters()}

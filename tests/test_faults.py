@@ -8,6 +8,7 @@ client's own parts between rounds.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from fedmoe.engine.program import Program
 from fedmoe.engine.seam import Job, Payload, State
 from fedmoe.engine.seeds import derive
 from fedmoe.gate import Gate
+from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
 from fedmoe.server import Server
 from tests.support import changed
+from tests.support import theta as initial
 
 Opened = Callable[[Config], ReferenceEngine]
 PARTS = ("global_expert", "local_expert", "gate", "header")
@@ -38,9 +41,7 @@ def moved(before: State, after: State) -> set[str]:
 
 
 def check_all_parts_train_when_sampled_and_only_then(engine: ReferenceEngine, config: Config) -> None:
-    data = load_data(config.data, config.seed)
-    _, channels, height, width = data.images.shape
-    server = Server(config, mixture.pack(mixture.build_global(config, (channels, height, width), len(data.classes))))
+    server = Server(config, initial(config))
     everyone = range(config.federation.clients)
     sat_out: set[int] = set()
     for number in range(1, 5):
@@ -85,6 +86,16 @@ def check_evaluation_uses_the_whole_mixture(engine: ReferenceEngine, config: Con
     expected = torch.nn.functional.cross_entropy(logits, client.labels[client.held_out])
     [result] = engine.run("evaluate", [Job(2, 1, {})])
     assert result.metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def check_evaluation_is_on_samples_never_trained_on(engine: ReferenceEngine, config: Config) -> None:
+    data, split = load_data(config.data, config.seed), Split.load(engine.folder / "partition.safetensors")
+    for client in map(engine.client, range(config.federation.clients)):
+        trained, held_out = split.train(client.id), split.test(client.id)
+        assert torch.equal(client.images[: client.training], data.images[trained])
+        assert torch.equal(client.images[client.held_out], data.images[held_out])
+        assert torch.equal(client.labels[client.held_out], data.labels[held_out])
+        assert not set(trained.tolist()) & set(held_out.tolist())
 
 
 def check_clients_have_models_and_initializations_of_their_own(engine: ReferenceEngine, config: Config) -> None:
@@ -156,6 +167,16 @@ def plant_training_of_clients_not_sampled(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ReferenceEngine, "run", and_another)
 
 
+def plant_evaluation_of_training_samples(patch: pytest.MonkeyPatch) -> None:
+    init = Client.__init__
+
+    def first_samples(self: Client, *args: Any) -> None:
+        init(self, *args)
+        self.held_out = torch.arange(len(self.held_out))
+
+    patch.setattr(Client, "__init__", first_samples)
+
+
 CHECKS = {
     check_all_parts_train_when_sampled_and_only_then: [
         plant_optimizer_of_a_replaced_object,
@@ -164,6 +185,7 @@ CHECKS = {
     ],
     check_private_parts_persist_between_rounds: [plant_gate_lost_between_rounds],
     check_evaluation_uses_the_whole_mixture: [plant_scoring_by_local_expert_and_header],
+    check_evaluation_is_on_samples_never_trained_on: [plant_evaluation_of_training_samples],
     check_clients_have_models_and_initializations_of_their_own: [
         plant_same_model_for_everyone,
         plant_same_initialization_for_everyone,

@@ -5,20 +5,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedmoe.config import gate_norms
 from fedmoe.errors import UserError
-from fedmoe.gate import Gate, SwitchNorm, parse_norm
+from fedmoe.gate import Gate, SwitchNorm
 
 
 def test_presets() -> None:
-    assert parse_norm("none") == ("none", "none", "none")
-    assert parse_norm("paper") == ("switch", "batch", "batch")
-    assert parse_norm("layer-batch-none") == ("layer", "batch", "none")
+    assert gate_norms("none") == ("none", "none", "none")
+    assert gate_norms("paper") == ("switch", "batch", "batch")
+    assert gate_norms("layer-batch-none") == ("layer", "batch", "none")
 
 
 @pytest.mark.parametrize("norm", ["", "batch", "layer-batch", "layer,batch,batch", "a-b-c", "none-none-none-none"])
 def test_unknown_norms_are_refused(norm: str) -> None:
     with pytest.raises(UserError, match="must be none, paper, or three of switch, layer, batch, none"):
-        parse_norm(norm)
+        gate_norms(norm)
 
 
 def test_without_norms_it_is_two_linear_layers_and_a_sigmoid() -> None:

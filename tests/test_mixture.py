@@ -176,3 +176,82 @@ def test_gate_norms_train_and_evaluate(norm: str) -> None:
     x = torch.randn(6, *SHAPE)
     assert m(x).shape == m.eval()(x).shape == (6, CLASSES)
     torch.testing.assert_close(m.weights(x).sum(1), torch.ones(6))
+
+
+class Late(nn.Module):
+    """Gets a buffer in its first training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 50)
+        self.register_buffer("seen", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = torch.ones(1)
+        out: Tensor = self.linear(x.flatten(1))
+        return out
+
+
+class Counting(Normed):
+    """Keeps state outside of tensors."""
+
+    def get_extra_state(self) -> int:
+        return 3
+
+
+class Detached(Normed):
+    """Cannot train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise KeyError("no such mode")
+        return super().forward(x)
+
+
+def make_late(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Late(), nn.Linear(50, classes)
+
+
+def make_counting(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Counting(), nn.Linear(50, classes)
+
+
+def make_detached(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Detached(), nn.Linear(50, classes)
+
+
+@pytest.mark.parametrize(
+    ("factory", "complaint"),
+    [
+        ("make_late", "tensor 'local_expert.seen' appears or changes shape in training"),
+        ("make_counting", "Counting keeps state outside of tensors"),
+        ("make_detached", "fails in a training step: KeyError: 'no such mode'"),
+    ],
+)
+def test_models_that_cannot_train_or_be_kept_are_found_in_rehearsal(factory: str, complaint: str) -> None:
+    m = made(model=Model(local=(f"{__name__}:{factory}",)))
+    with pytest.raises(UserError, match=complaint):
+        mixture.rehearse(m, SHAPE, CLASSES, 4, factory)
+
+
+def test_rehearsal_changes_nothing() -> None:
+    m = made(model=Model(local=(f"{__name__}:make_normed",)), gate=Gate(norm="paper"))
+    before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    mixture.rehearse(m, SHAPE, CLASSES, 4, "normed")
+    assert all(torch.equal(before[name], tensor) for name, tensor in m.state_dict().items())
+    assert all(p.grad is None for p in m.parameters())
+
+
+def make_double(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 50).double()), nn.Linear(50, classes)
+
+
+def make_bare(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Flatten(), nn.Linear(784, classes)
+
+
+@pytest.mark.parametrize("factory", ["make_bare", "make_double"])
+def test_global_expert_must_have_something_to_share_in_float32(factory: str) -> None:
+    with pytest.raises(UserError, match=r"must have parameters, and all .* in float32|does not run on images"):
+        made(model=Model(global_expert=f"{__name__}:{factory}"))

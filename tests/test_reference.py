@@ -1,18 +1,21 @@
 """The plain loop against a loop written out from the paper, and what its faults would look like."""
 
+import random
 import threading
 from collections.abc import Callable
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fedmoe.client import load_data
 from fedmoe.config import Config
-from fedmoe.engine.seam import Job, State
+from fedmoe.engine.seam import Interrupted, Job, State
 from fedmoe.engine.seeds import generator
 from fedmoe.gate import Gate
-from fedmoe.reference import Interrupted, ReferenceEngine
+from fedmoe.reference import ReferenceEngine
 from tests.support import changed
 
 Opened = Callable[[Config], ReferenceEngine]
@@ -192,15 +195,106 @@ def test_results_come_in_job_order_and_do_not_depend_on_it(config: Config, opene
         assert same(one.client(a.client).state(), other.client(a.client).state())
 
 
-def test_dropout_is_seeded_by_client_round_and_epoch(config: Config, opened: Opened) -> None:
-    config = changed(config, model={"local": (f"{__name__}:make_dropout",)})
-    one, other = opened(config), opened(config)
-    list(one.run("train", [job(one, 0)]))
-    torch.rand(100)
-    list(other.run("train", [job(other, 1), job(other, 0)]))
-    assert same(one.client(0).state(), other.client(0).state())
+def test_two_trainings_between_commits_are_one_transaction(config: Config, opened: Opened) -> None:
+    engine = opened(config)
+    before = engine.client(0).state()
+    list(engine.run("train", [job(engine, 0, 1)]))
+    list(engine.run("train", [job(engine, 0, 2)]))
+    engine.rollback()
+    assert same(engine.client(0).state(), before)
+    list(engine.run("train", [job(engine, 0, 1)]))
+    after_first = engine.client(0).state()
+    engine.client(0).optimizer.param_groups[0]["lr"] = 1e18
+    [result] = engine.run("train", [job(engine, 0, 2)])
+    assert result.metrics["rolled_back"] == 1
+    engine.commit()
+    assert same(engine.changed()[0], after_first)
 
 
-def make_dropout(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    layers = torch.nn.Flatten(), torch.nn.Linear(784, 50), torch.nn.Dropout(0.5)
+def seen_orders(engine: ReferenceEngine, jobs: list[Job]) -> list[torch.Tensor]:
+    """The order in which each epoch of the jobs drew its samples."""
+    orders: list[torch.Tensor] = []
+    for each in jobs:
+        client = engine.client(each.client)
+        batch = client.batch
+        drawn: list[torch.Tensor] = []
+
+        def record(indices: torch.Tensor, batch=batch, drawn=drawn):  # type: ignore[no-untyped-def]
+            drawn.append(indices)
+            return batch(indices)
+
+        client.batch = record  # type: ignore[method-assign]
+        list(engine.run("train", [each]))
+        client.batch = batch  # type: ignore[method-assign]
+        orders += list(torch.cat(drawn).chunk(int(each.settings["epochs"])))
+    return orders
+
+
+def test_every_client_round_and_epoch_has_an_order_of_its_own(config: Config, opened: Opened) -> None:
+    engine = opened(changed(config, partition={"kind": "iid"}, training={"batch_size": 48}))
+    jobs = [job(engine, client, number, epochs=2) for client in (0, 1) for number in (1, 2)]
+    orders = seen_orders(engine, jobs)
+    assert len(orders) == 8
+    assert len({tuple(order.tolist()) for order in orders}) == 8
+    assert all(sorted(order.tolist()) == list(range(48)) for order in orders)
+
+
+class Recorder(torch.nn.Module):
+    """Dropout that remembers its masks and the modes it ran in."""
+
+    masks: ClassVar[list[torch.Tensor]] = []
+    modes: ClassVar[list[bool]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        Recorder.modes.append(self.training)
+        if self.training:
+            Recorder.masks.append(mask)
+        return x * mask
+
+
+def make_recorder(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    layers = torch.nn.Flatten(), torch.nn.Linear(784, 50), Recorder()
     return torch.nn.Sequential(*layers), torch.nn.Linear(50, classes)
+
+
+def test_masks_differ_by_client_round_and_epoch_and_evaluation_has_none(config: Config, opened: Opened) -> None:
+    config = changed(config, model={"local": (f"{__name__}:make_recorder",)}, training={"batch_size": 32})
+    engine = opened(changed(config, partition={"kind": "iid"}))
+    for client in (0, 1):
+        engine.client(client)
+    Recorder.masks.clear()
+    Recorder.modes.clear()
+    for number in (1, 2):
+        list(engine.run("train", [job(engine, client, number, epochs=2) for client in (0, 1)]))
+        list(engine.run("evaluate", [Job(client, number, {}) for client in (0, 1)]))
+    assert Recorder.modes == [True] * 4 + [False] * 2 + [True] * 4 + [False] * 2
+    assert len({tuple(mask.flatten().tolist()) for mask in Recorder.masks}) == 8
+
+
+def test_randomness_outside_is_neither_used_nor_changed(config: Config, opened: Opened) -> None:
+    config = changed(config, model={"local": (f"{__name__}:make_random",)})
+    one, other = opened(config), opened(config)
+    results = list(one.run("train", [job(one, 0)])) + list(one.run("evaluate", [Job(0, 1, {})]))
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(5)
+    again = list(other.run("train", [job(other, 1), job(other, 0)]))[1:] + list(other.run("evaluate", [Job(0, 1, {})]))
+    drawn = torch.rand(1).item(), np.random.rand(), random.random()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(5)
+    assert drawn == (torch.rand(1).item(), np.random.rand(), random.random())
+    assert same(one.client(0).state(), other.client(0).state())
+    assert [r.metrics["loss"] for r in results] == [r.metrics["loss"] for r in again]
+
+
+class Noisy(torch.nn.Module):
+    """Draws from three generators, in training and in evaluation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + torch.rand(1) + float(np.random.rand()) + random.random())
+
+
+def make_random(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    linear = torch.nn.Linear(784, 50)
+    linear.weight.data *= float(np.random.rand()) + random.random()
+    return torch.nn.Sequential(torch.nn.Flatten(), linear, Noisy()), torch.nn.Linear(50, classes)

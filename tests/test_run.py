@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedmoe import checkpoint, metrics
 from fedmoe.client import load_data
 from fedmoe.configfile import read
+from fedmoe.engine.seam import Job
 from fedmoe.partition import Split
-from tests.support import SMALL, Command, Done
+from fedmoe.reference import ReferenceEngine
+from tests.support import SMALL, Command, Done, begin
+from tests.support import theta as initial
 from tests.test_data import write
 
 Fedmoe = Callable[..., Done]
@@ -38,7 +42,9 @@ def test_run_folder(finished: Path) -> None:
         "checkpoints",
     }
     assert read(finished / "config.toml").federation.rounds == 2
-    assert list(finished.glob("events.*"))
+    [events] = finished.glob("events.*")
+    for tag in (b"loss", b"accuracy/mean", b"accuracy_aggregated/mean", b"seconds/train", b"bytes_up"):
+        assert tag in events.read_bytes()
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["threads"] == 1
     assert environment["partition"] == Split.load(finished / "partition.safetensors").fingerprint
@@ -69,6 +75,7 @@ def test_metrics_of_a_round(finished: Path) -> None:
             for client, value in enumerate(accuracy["clients"]):
                 held_out = len(split.test(client))
                 assert value * held_out == pytest.approx(round(value * held_out))
+        assert line["test_loss"] != line["test_loss_aggregated"]
         s = line["seconds"]
         assert s.keys() == {"round", "train", "aggregate", "evaluate", "checkpoint"}
         assert s["round"] == pytest.approx(s["train"] + s["aggregate"] + s["evaluate"])
@@ -91,7 +98,7 @@ def test_eval_gives_the_numbers_of_the_last_round_and_changes_nothing(finished: 
     done = fedmoe("eval", finished, "--json", "--aggregated")
     assert done.code == 0, done
     line, last = json.loads(done.out), metrics.read(finished)[-1]
-    for key in ("round", "evaluated", "accuracy", "accuracy_aggregated", "test_loss"):
+    for key in ("round", "evaluated", "accuracy", "accuracy_aggregated", "test_loss", "test_loss_aggregated"):
         assert line[key] == last[key]
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     done = fedmoe("eval", finished, "--clients", 3, 1)
@@ -105,7 +112,7 @@ def test_a_finished_run_can_be_trained_on_and_ends_as_a_longer_one(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    assert "has trained 2 of 2 rounds: give --rounds to train more" in fedmoe("resume", run).one_line()
+    assert "has trained 2 rounds of 2: give --rounds more than 2 to train on" in fedmoe("resume", run).one_line()
     assert fedmoe("resume", run, "--rounds=3").code == 0
     assert fedmoe("train", *SMALL, "--run.dir=long", "--evaluation.aggregated", "--federation.rounds=3").code == 0
     manifests = [checkpoint.read_manifest(tmp_path / name) for name in ("run", "long")]
@@ -121,7 +128,6 @@ def test_controls(tmp_path: Path, fedmoe: Fedmoe, method: str) -> None:
     shared = method == "static"
     assert all((line["bytes_up"] > 0) == shared == ("accuracy_aggregated" in line) for line in lines)
     manifest = checkpoint.read_manifest(tmp_path / "run")
-    assert manifest is not None
     state = checkpoint.load(tmp_path / "run", manifest.clients[0])
     assert any("global_expert" in name for name in state) == shared
     assert not any("gate.fc" in name for name in state)
@@ -149,13 +155,12 @@ def test_rolled_back_client_is_named_and_the_round_goes_on(tmp_path: Path, fedmo
     models = ("--model.local", "cnn-1", "models:make", "cnn-2", "cnn-3", "cnn-4")
     done = fedmoe("train", *SMALL, "--run.dir=run", *models)
     assert done.code == 0, done
-    assert "round 1: client 1 rolled back and left out, its loss or a weight is not finite" in done.out
+    assert "round 1: client 1 rolled back and left out: its loss or a weight is not finite" in done.out
     lines = metrics.read(tmp_path / "run")
     assert [line["rolled_back"] for line in lines] == [[1], [1]]
     assert all(line["clients"]["loss"][1] is None for line in lines)
     assert all(line["clients"]["bytes_up"][1] == 0 for line in lines)
     manifest = checkpoint.read_manifest(tmp_path / "run")
-    assert manifest is not None
     assert list(manifest.clients) == [0, 2, 3, 4]
 
 
@@ -189,6 +194,57 @@ def test_environment_that_differs_is_warned_of(finished: Path, tmp_path: Path, f
     path.write_text(json.dumps(facts | {"data": "0" * 64}))
     assert "fingerprint" in fedmoe("eval", run).one_line()
     assert "the run began with 000000000000" in fedmoe("eval", run).one_line()
+
+
+def test_a_run_is_the_rounds_done_by_hand(finished: Path, tmp_path: Path) -> None:
+    """Theta of each round goes out in the next; the last is in the checkpoint, and was evaluated as aggregated."""
+    config = read(finished / "config.toml")
+    engine = ReferenceEngine(config, begin(config, tmp_path / "hand"), torch.device("cpu"))
+    theta = initial(config)["theta"]
+    for number in (1, 2):
+        results = list(engine.run("train", [Job(c, number, {"theta": theta}, {"epochs": 1}) for c in range(5)]))
+        n = [engine.client(c).training for c in range(5)]
+        shares = [w / sum(n) * r.payload["theta"].double() for w, r in zip(n, results, strict=True)]
+        theta = torch.stack(shares).sum(0).float()
+    manifest = checkpoint.read_manifest(finished)
+    torch.testing.assert_close(checkpoint.load(finished, manifest.server)["theta"], theta, rtol=1e-5, atol=1e-7)
+    for client in range(5):
+        saved, trained = checkpoint.load(finished, manifest.clients[client]), engine.client(client).state()
+        assert saved.keys() == trained.keys()
+        for name in saved:
+            torch.testing.assert_close(saved[name], trained[name], rtol=1e-4, atol=1e-6)
+    last = metrics.read(finished)[-1]
+    for key, payload in (("test_loss", {}), ("test_loss_aggregated", {"theta": theta})):
+        losses = [r.metrics["loss"] for r in engine.run("evaluate", [Job(c, 2, payload) for c in range(5)])]
+        assert losses == pytest.approx(last[key]["clients"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lr", ["10", "1e5"])
+def test_divergence_that_only_evaluation_sees_is_named_and_the_rounds_go_on(
+    tmp_path: Path, fedmoe: Fedmoe, lr: str
+) -> None:
+    (tmp_path / "models.py").write_text(
+        "from torch import nn\n"
+        "class Nan(nn.Flatten):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x)[:, :50] * (1.0 if self.training else float('nan'))\n"
+        "def make(shape, classes):\n"
+        "    return Nan(), nn.Linear(50, classes)\n"
+    )
+    done = fedmoe("train", *SMALL, "--run.dir=run", "--model.local", "cnn-1", "models:make", f"--training.lr={lr}")
+    assert done.code == 0, done
+    lines = metrics.read(tmp_path / "run")
+    assert len(lines) == 2
+    for line in lines:
+        assert {1, 3} <= set(line["not_finite"])
+        assert line["test_loss"]["clients"][1] is None
+    assert "client 1 has a test loss that is not finite" in done.out
+
+
+def test_settings_without_effect_are_warned_of(fedmoe: Fedmoe) -> None:
+    done = fedmoe("train", *SMALL, "--run.dir=run", "--method=local", "--static_weight=0.3")
+    assert done.code == 0
+    assert done.err == 'fedmoe: warning: static_weight = 0.3 has no effect with method = "local"\n'
 
 
 def test_many_clients_have_a_short_table(fedmoe: Fedmoe) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmoe import partition
-from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.engine.device import prepare
 from fedmoe.engine.seam import Job, State
 from fedmoe.reference import ReferenceEngine
-from tests.support import changed
+from tests.support import begin, changed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -26,13 +24,8 @@ def _restored() -> Iterator[None]:
 
 def trained(config: Config, run: Path, device: str) -> tuple[list[float], dict[int, State]]:
     """Two rounds of all clients: their losses, and the states they end with."""
-    run.mkdir()
-    data = load_data(config.data, config.seed)
-    n = config.federation.clients
-    dealt = partition.deal(data.labels, len(data.classes), config.partition, n, config.seed)
-    dealt.save(run / "partition.safetensors")
-    engine = ReferenceEngine(config, run, prepare(device, 0, config.run.deterministic))
-    losses = []
+    engine = ReferenceEngine(config, begin(config, run), prepare(device, 0, config.run.deterministic))
+    losses, n = [], config.federation.clients
     for number in (1, 2):
         jobs = [Job(client, number, engine.client(client).payload(), {"epochs": 1}) for client in range(n)]
         for result in engine.run("train", jobs):
