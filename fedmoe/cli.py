@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,46 +25,58 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by the user."""
-    _end_quietly_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no ± gets a ? in its place
             stream.reconfigure(errors="replace")
-    parser = _parser()
-    args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    if rest and args.command != "train":
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with _ending_quietly():
+        parser = _parser()
+        args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+        if rest and args.command != "train":
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        code = _run(args, rest)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at the end
+    return code
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    """The exit code of the command, every failure told in one line."""
     try:
         code = int(args.act(args, rest) or 0)
         sys.stdout.flush()
         return code
     except (BrokenPipeError, OutputLost):  # the reader of our output has gone, as `fedmoe train --help | head` does
-        code = 0
+        return 0
     except KeyboardInterrupt as stop:
         print(f"fedmoe: {stop}", file=sys.stderr)
-        code = 130
+        return 130
     except (UserError, OSError) as error:
         if os.environ.get("FEDMOE_TRACEBACK"):
             raise
         what = f"{error.filename or 'output'}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"fedmoe: error: {what}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        return code
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it once more at the end
-    return code
+        return 2 if isinstance(error, UsageError) else 1
 
 
-def _end_quietly_on_signals() -> None:
-    """Until a run takes them over, these signals find nothing to save: one line, and the end."""
+@contextlib.contextmanager
+def _ending_quietly() -> Iterator[None]:
+    """Until a run takes them over, the signals to stop find nothing to save: one line, and the end."""
 
     def end(number: int, frame: object) -> None:
         os.write(2, b"fedmoe: interrupted\n")
         os._exit(128 + number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, end)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> Parser:

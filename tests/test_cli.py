@@ -413,6 +413,12 @@ def test_terminal_that_knows_no_plus_minus(tmp_path: Path) -> None:
     assert "accuracy 0." in done.stdout
 
 
+def caught(process: int) -> int:
+    """The signals that a process handles, a bit each."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_before_there_is_anything_to_save(tmp_path: Path, number: signal.Signals) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -420,8 +426,9 @@ def test_signal_before_there_is_anything_to_save(tmp_path: Path, number: signal.
     process = subprocess.Popen(
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(0.7)  # in the middle of the imports
-    process.send_signal(number)
+    while not caught(process.pid) >> (signal.SIGHUP - 1) & 1:  # the last to be taken over
+        time.sleep(0.01)
+    process.send_signal(number)  # in the middle of the imports, which take a second
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "fedmoe: interrupted\n")
     assert disk(tmp_path) == {}

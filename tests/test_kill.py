@@ -4,15 +4,16 @@ import json
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedmoe import checkpoint, metrics
-from tests.support import Command, Done
+from fedmoe.client import Client
+from tests.support import Command
 
 OPTIONS = (
     "--data.limit=200",
@@ -184,21 +185,40 @@ def hashes(manifest: dict[str, Any]) -> dict[str, str]:
     return {"server": manifest["server"]["sha256"]} | {c: e["sha256"] for c, e in manifest["clients"].items()}
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("every", [1, 5])
-def test_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(
-    unharmed: End, tmp_path: Path, stop: signal.Signals, every: int
+def signal_at(batch: int, number: signal.Signals) -> None:
+    """Have this process send itself a signal when it takes its `batch`-th batch, of training or of evaluation."""
+    take, count = Client.batch, 0
+
+    def counted(self: Client, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == batch:
+            os.kill(os.getpid(), number)
+        return take(self, indices)
+
+    Client.batch = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("batch", "every", "number"),
+    # A round takes nine batches: three clients train on one each and are evaluated twice.
+    [
+        (30, 1, signal.SIGINT),
+        (60, 5, signal.SIGINT),
+        (63, 5, signal.SIGTERM),
+        (66, 5, signal.SIGHUP),
+        (69, 5, signal.SIGINT),
+    ],
+)
+def test_interrupted_run_saves_the_last_whole_round_and_says_how_to_go_on(
+    unharmed: End, tmp_path: Path, batch: int, every: int, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    command = start(tmp_path, run, every)
-    deadline = time.monotonic() + 60
-    while len(metrics.read(run)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(command.pid, stop)
-    done: Done = command.wait()
+    done = start(tmp_path, run, every, signal_at, batch, number).wait()
     assert done.code == 130, done
     rounds = rounds_saved(run)
-    assert 3 <= rounds < 12
+    assert 1 <= rounds < 12
+    assert len(metrics.read(run)) == rounds
     assert done.err == f"fedmoe: stopped after round {rounds} of 12; continue with: fedmoe resume {run}\n"
     assert start(tmp_path, run, every).wait().code == 0
     lines, manifest = end(run)
