@@ -4,15 +4,14 @@ import argparse
 import contextlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fedmoe import __version__
 from fedmoe.errors import OutputLost, UsageError, UserError
+from fedmoe.signals import handling
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,10 +24,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by the user."""
+    # None where it was closed.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no ± gets a ? in its place
             stream.reconfigure(errors="replace")
-    with _ending_quietly():
+    with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
         if rest and args.command != "train":
@@ -50,33 +52,27 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     except (BrokenPipeError, OutputLost):  # the reader of our output has gone, as `fedmoe train --help | head` does
         return 0
     except KeyboardInterrupt as stop:
-        print(f"fedmoe: {stop}", file=sys.stderr)
+        _complain(str(stop) or "interrupted")
         return 130
     except (UserError, OSError) as error:
         if os.environ.get("FEDMOE_TRACEBACK"):
             raise
-        what = f"{error.filename or 'output'}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"fedmoe: error: {what}", file=sys.stderr)
+        what = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            what = f"{error.filename or 'output'}: {error.strerror}"
+        _complain(f"error: {what}")
         return 2 if isinstance(error, UsageError) else 1
 
 
-@contextlib.contextmanager
-def _ending_quietly() -> Iterator[None]:
+def _end(number: int, frame: object) -> None:
     """Until a run takes them over, the signals to stop find nothing to save: one line, and the end."""
+    os.write(2, b"fedmoe: interrupted\n")
+    os._exit(128 + number)
 
-    def end(number: int, frame: object) -> None:
-        os.write(2, b"fedmoe: interrupted\n")
-        os._exit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # there may be nobody left to hear it
+        print(f"fedmoe: {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> Parser:

@@ -39,7 +39,6 @@ class Client:
             self.mixture.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
         )
         self.batch_size = min(t.batch_size, training)
-        check_batch(id, self.mixture, self.batch_size)
         # A buffer may hold infinities from the start, as a mask does.
         self._finite = [n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())]
 
@@ -138,15 +137,6 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
         except ValueError as error:
             raise UserError(f"{run / 'checkpoints' / entry.file}: {error}") from error
     return client
-
-
-def check_batch(id: int, model: nn.Module, batch_size: int) -> None:
-    """Raise UserError where client `id` would train batch normalization on single samples."""
-    if batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise UserError(
-            f"client {id} trains with batches of 1 sample, batch normalization needs 2: raise training.batch_size "
-            "or partition.min_samples, or choose another gate.norm or model"
-        )
 
 
 load_data = lru_cache(maxsize=1)(data.load)

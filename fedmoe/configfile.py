@@ -93,7 +93,9 @@ def check(config: Config) -> None:
     for name, value in flat(config).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             least, most = 0, LARGEST.get(name, 2**31 - 1 if isinstance(value, int) else 1e6)
-            if not math.isfinite(value) or value > most:
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value}, must be a finite number")
+            if abs(value) > most:
                 raise UserError(f"{name} is {value}, must be at most {most}")
             if name in FROM_0 | {"static_weight"} and value < least:
                 raise UserError(f"{name} is {value}, must be {least} or more")

@@ -105,7 +105,7 @@ def _taken() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputLost(f"the output cannot be written: {error.strerror}") from error
+        raise OutputLost(f"the output cannot be written: {error.strerror or error}") from error
 
 
 def summary(console: Console, config: Config, split: Split, lines: list[Line]) -> None:

@@ -9,5 +9,9 @@ class UsageError(UserError):
     """Words on the command line that cannot be understood."""
 
 
+class DiskError(UserError):
+    """The disk refuses a write."""
+
+
 class OutputLost(Exception):
     """Nobody takes the output any more, as when `| head` has seen enough."""

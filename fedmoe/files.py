@@ -39,6 +39,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is only on disk once its folder is."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,9 +1,11 @@
 """What a run measures, a line a round: `metrics.jsonl`, and the same for TensorBoard."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -57,38 +59,68 @@ class Log:
     """Appends to a run's metrics. Opening cuts them back to the first `rounds` rounds, those its checkpoint holds."""
 
     def __init__(self, run: Path, rounds: int) -> None:
-        # Only here: importing it takes half a second that --help need not wait for.
-        from tensorboardX import SummaryWriter
-
         self._path = run / "metrics.jsonl"
-        with self._path.open("ab") as file:
-            file.truncate(max((end for end, line in _lines(self._path) if line["round"] <= rounds), default=0))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run), purge_step=rounds + 1)
+        # Unbuffered: what a full disk refuses must not be left over for the closing to stumble on.
+        self._file = self._path.open("ab", buffering=0)
+        self._file.truncate(max((end for end, line in _lines(self._path) if line["round"] <= rounds), default=0))
+        self._board = Board(run, rounds)
 
     def append(self, line: Line) -> None:
         """Add a round's line, whole, and hand it to the operating system, so that it outlives the process."""
-        text = json.dumps(line, allow_nan=False) + "\n"
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
         with naming(self._path):
-            self._file.write(text)
-            self._file.flush()
+            if self._file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        scalars: dict[str, float] = {}
         for name, value in line.items():
-            if isinstance(value, int | float) and name != "round":
-                self._board.add_scalar(name, value, line["round"])
-            elif isinstance(value, dict) and name != "clients":
-                for part, number in value.items():
-                    if isinstance(number, int | float):
-                        self._board.add_scalar(f"{name}/{part}", number, line["round"])
+            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            scalars |= {tag: v for tag, v in parts.items() if isinstance(v, int | float) and tag != "round"}
+        self._board.add(scalars, line["round"])
 
     def sync(self) -> None:
         """Have the lines survive the machine, too."""
         with naming(self._path):
             os.fsync(self._file.fileno())
+        self._board.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        with contextlib.suppress(OSError):  # a full disk: the lines are what counts, TensorBoard's are a copy
-            self._board.close()
+        self._board.flush()
+
+
+class Board:
+    """The scalars for TensorBoard: a copy, so what the disk refuses of it ends it and nothing else.
+
+    Not tensorboardX's SummaryWriter: its thread dies of a refused write, and the tenth value after that waits forever.
+    """
+
+    def __init__(self, run: Path, rounds: int) -> None:
+        # Only here: importing it takes half a second that --help need not wait for.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar, self._writer = Event, scalar, None
+        with contextlib.suppress(OSError):
+            self._writer = EventsWriter(str(run / "events"))
+            # What an earlier process wrote of rounds from here on is void.
+            self._writer.write_event(Event(step=rounds + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, scalars: dict[str, float], step: int) -> None:
+        """Add a step's values."""
+        for tag, value in scalars.items():
+            self._do("write_event", self._event(wall_time=time.time(), step=step, summary=self._scalar(tag, value)))
+
+    def flush(self) -> None:
+        """Hand what was added to the disk."""
+        self._do("flush")
+
+    def _do(self, name: str, *arguments: object) -> None:
+        if self._writer is not None:
+            try:
+                getattr(self._writer, name)(*arguments)
+            except OSError:
+                self._writer = None

@@ -155,29 +155,37 @@ def schema(global_expert: nn.Module | None) -> Schema:
     return {"theta": TensorSpec(torch.float32, (sum(t.numel() for t in theta_tensors(global_expert)),))}
 
 
-def rehearse(model: Mixture, shape: tuple[int, int, int], classes: int, batch_size: int, name: str) -> None:
-    """Take a training step and evaluate on blank images, on a copy; raise UserError if that fails or changes the parts.
+def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classes: int, batch: int, who: str) -> None:
+    """Take a training step and evaluate on `batch` blank images, on a copy; raise UserError about `who` if that fails.
 
     A model that cannot train, or whose state is not all in parameters and buffers that exist from the start, is found
     here, before anything is written.
     """
     model = copy.deepcopy(model)
-    before = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    before = _tensors(model)
     for module in model.modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             kind = type(module).__name__
-            raise UserError(f"model {name!r}: {kind} keeps state outside of tensors, which would be lost: use buffers")
-    x, y = torch.zeros(batch_size, *shape), torch.arange(batch_size) % classes
+            raise UserError(f"{who}: {kind} keeps state outside of tensors, which would be lost: use buffers")
+    x, y = torch.zeros(batch, *shape), torch.arange(batch) % classes
     try:
         with globals_kept():
             model.train().join(model.program().run(x), y)[0].backward()
+            t = config.training
+            torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay).step()
             model.eval()(x)
-    except Exception as error:  # whatever a user's model raises
-        raise UserError(f"model {name!r} fails in a training step: {experts.reason(error)}") from error
-    after = {n: t.shape for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    if before != after:
-        odd = sorted(set(before.items()) ^ set(after.items()))[0][0]
-        raise UserError(f"model {name!r}: tensor {odd!r} appears or changes shape in training: create it at the start")
+    except (Exception, SystemExit) as error:  # whatever a user's model raises
+        fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
+        raise UserError(f"{who}: a training step with {batch} samples fails: {experts.reason(error)}{fix}") from error
+    if odd := sorted(set(before.items()) ^ set(_tensors(model).items())):
+        raise UserError(
+            f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"
+        )
+
+
+def _tensors(model: nn.Module) -> dict[str, str]:
+    """Type and shape of every parameter and buffer by name."""
+    return {name: f"{t.dtype} {list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _seeded(seed: int, stream: str, client: int, make: Callable[[], Made]) -> Made:

@@ -1,11 +1,13 @@
 """The federated loop: sample, train, average, evaluate, record, checkpoint; stopped at any step, it loses no round."""
 
 import math
+import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -15,10 +17,11 @@ from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
 from fedmoe.display import Display
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Result
-from fedmoe.errors import OutputLost, UserError
+from fedmoe.errors import DiskError, OutputLost
 from fedmoe.metrics import Line, Log, spread
 from fedmoe.reference import ReferenceEngine
 from fedmoe.server import Server
+from fedmoe.signals import handling
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,14 +35,14 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
     done and the last whole round is on disk; and UserError where the disk refuses a write. Whatever else goes wrong,
     the rounds that are over are saved first.
     """
-    hint = f"continue with: fedmoe resume {run}"
+    hint = f"continue with: fedmoe resume {shlex.quote(str(run))}"
     with ExitStack() as stack:
         stop = stack.enter_context(_stopping())
         writer = Writer(run)
         stack.callback(writer.close)
         done = saved = writer.manifest.round
         server = Server(config, load(run, writer.manifest.server))
-        engine: Engine = ReferenceEngine(config, run, device, stop)
+        engine: Engine = ReferenceEngine(config, run, device, stop.event)
         log = stack.enter_context(Log(run, done))
         rounds = config.federation.rounds
         display = stack.enter_context(Display(rounds, done, len(server.sample(1))))
@@ -65,22 +68,24 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
                     save()
                     saved, held_up = number, time.perf_counter() - start
                 display.round(line)
+            stop.patient = True
+            with _disk(hint):
+                writer.wait()
         except KeyboardInterrupt:
             raise Stopped(f"stopped at once, the last checkpoint is whole; {hint}") from None
-        except UserError:
+        except DiskError:
             raise
         except Exception as error:
+            stop.patient = True
             engine.rollback()
             if saved < done:
                 save()
+            with _disk(hint):
+                writer.wait()
             if isinstance(error, Interrupted | OutputLost):
                 why = f" ({error})" if isinstance(error, OutputLost) else ""
-                with _disk(hint):
-                    writer.wait()
                 raise Stopped(f"stopped after round {done} of {rounds}{why}; {hint}") from None
             raise
-        with _disk(hint):
-            writer.wait()
 
 
 def evaluation(
@@ -172,22 +177,28 @@ def _disk(hint: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = f"{error.filename}: {error.strerror}"
-        raise UserError(f"{why}; the last checkpoint is whole: make room, then {hint}") from error
+        raise DiskError(f"{why}; the last checkpoint is whole: make room, then {hint}") from error
+
+
+@dataclass
+class _Stop:
+    """How a run is asked to stop."""
+
+    event: threading.Event = field(default_factory=threading.Event)
+    """Set by the first signal."""
+    patient: bool = False
+    """Whether a second Ctrl-C waits, too: the run is ending and saves what it has."""
 
 
 @contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that the first signal to stop sets; the second interrupts at once."""
-    event = threading.Event()
+def _stopping() -> Iterator[_Stop]:
+    """The first signal asks the run to stop; a second Ctrl-C interrupts it."""
+    stop = _Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
+        if stop.event.is_set() and number == signal.SIGINT and not stop.patient:
             raise KeyboardInterrupt
-        event.set()
+        stop.event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(handle):
+        yield stop

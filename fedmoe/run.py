@@ -16,7 +16,7 @@ from rich.console import Console
 
 import fedmoe
 from fedmoe import checkpoint, configfile, metrics, mixture, partition
-from fedmoe.client import check_batch, load_data
+from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, summary
 from fedmoe.engine.device import prepare
@@ -26,10 +26,10 @@ from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
 from fedmoe.rounds import evaluation, run_rounds
 
-STARTED = {".lock", "partition.safetensors", "environment.json", "checkpoints"}
+STARTED = {".lock", "partition.safetensors", "environment.json", "server.r0.safetensors", "manifest.json"}
 """What a start that was killed can leave behind, besides temporary files; the next start overwrites it."""
 
-FREE = ("run.", "federation.rounds", "data.name", "evaluation.", "checkpoint.")
+FREE = ("run.dir", "run.device", "run.threads", "federation.rounds", "data.name", "evaluation.", "checkpoint.")
 """What may be changed in the configuration of a run that has begun: all else decides what its numbers are."""
 
 
@@ -57,8 +57,7 @@ def train(config: Config) -> Path:
         owners = range(first, n, len(config.model.local))
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
-        check_batch(smallest, model, batch)
-        mixture.rehearse(model, shape, classes, batch, name)
+        mixture.rehearse(config, model, shape, classes, batch, f"model {name!r}, client {smallest}")
     theta = {} if config.method == "local" else mixture.pack(mixture.build_global(config, shape, classes))
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
@@ -84,7 +83,12 @@ def resume(run: Path, rounds: int | None) -> None:
         if done >= wanted:
             raise UserError(f"{run} has trained {done} rounds of {wanted}: give --rounds more than {done} to train on")
         device = _restore(config, run)
-        metrics.read(run)
+        held = [line["round"] for line in metrics.read(run)][:done]
+        if held != list(range(1, done + 1)):
+            missing = sorted(set(range(1, done + 1)) - set(held))
+            raise UserError(
+                f"{run / 'metrics.jsonl'}: has no line of round {missing[0]}, the checkpoint does: restore it"
+            )
         if rounds is not None:
             write_atomic(run / "config.toml", configfile.save(config))
         _finish(config, run, device)
@@ -96,7 +100,7 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
     n = config.federation.clients
     if wrong := [client for client in clients if not 0 <= client < n]:
         raise UserError(f"there is no client {wrong[0]}: the run has clients 0 to {n - 1}")
-    with _locked(run):  # a run in progress would take files away in the middle
+    with _locked(run, fcntl.LOCK_SH):  # a run in progress would take files away in the middle
         device = _restore(config, run)
         manifest = checkpoint.read_manifest(run)
         theta = checkpoint.load(run, manifest.server)
@@ -116,11 +120,20 @@ def environment(device: torch.device) -> dict[str, str | int]:
         "fedmoe": fedmoe.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "cpu": _cpu(),
         "device": device.type,
         "gpu": gpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def _cpu() -> str:
+    """The processor's name where the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _finish(config: Config, run: Path, device: torch.device) -> None:
@@ -135,7 +148,13 @@ def _check_free(run: Path) -> None:
     """Raise UserError unless a run can be started in folder `run`."""
     if (run / "config.toml").exists():
         raise UserError(f"{run} already holds a run: `fedmoe resume {run}` continues it; or choose another --run.dir")
-    if run.exists() and not (run.is_dir() and all(p.name in STARTED or p.suffix == ".tmp" for p in run.iterdir())):
+    content = [p for folder in (run, run / "checkpoints") for p in folder.glob("*") if p != run / "checkpoints"]
+    ours = all(path.name in STARTED or path.suffix == ".tmp" for path in content)
+    if (
+        run.is_file()
+        or not ours
+        or ((run / "checkpoints/manifest.json").exists() and checkpoint.read_manifest(run).round)
+    ):
         raise UserError(f"{run} exists and is not a run: choose another --run.dir")
     above = next(folder for folder in [run, *run.absolute().parents] if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -172,10 +191,11 @@ def _restore(config: Config, run: Path) -> torch.device:
             raise ValueError(f"threads is {threads!r}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is missing or damaged ({type(error).__name__}: {error}): restore it") from error
-    now = json.loads(json.dumps(configfile.flat(config)))
-    for name in sorted(now.keys() | began.keys()):
-        if now.get(name) != began.get(name) and not name.startswith(FREE):
-            differs = f"{name} is {now.get(name)!r}, the run began with {began.get(name)!r}"
+    # A field that is newer than the run was then, in effect, what it is by default.
+    began = json.loads(json.dumps(configfile.flat(Config()))) | began
+    for name, value in json.loads(json.dumps(configfile.flat(config))).items():
+        if value != began[name] and not name.startswith(FREE):
+            differs = f"{name} is {value!r}, the run began with {began[name]!r}"
             raise UserError(f"{run / 'config.toml'}: {differs}: put it back, or start a new run")
     device = _prepare(config, threads)
     for name, value in environment(device).items():
@@ -205,13 +225,14 @@ def warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def _locked(run: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Keep other processes out of the run; the system lets go of the lock however this process ends."""
     handle = os.open(run / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run} is in use by another process: wait until it ends") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{run} is in use by another process: wait until it ends") from None
     finally:
         os.close(handle)

@@ -12,7 +12,6 @@ import torch
 from fedmoe.client import load_data, open_client, outgoing
 from fedmoe.config import Config
 from fedmoe.engine.seam import Job, Metrics, TensorSpec
-from fedmoe.errors import UserError
 from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
 from tests.support import ROOT, begin, changed
@@ -160,12 +159,6 @@ def test_lent_theta_is_given_back(config: Config, opened: Opened) -> None:
         assert client.payload()["theta"].abs().max() == 0
         raise RuntimeError
     assert torch.equal(client.payload()["theta"], own)
-
-
-def test_batch_normalization_with_batches_of_one_is_refused(config: Config, opened: Opened) -> None:
-    engine = opened(changed(config, training={"batch_size": 1}, gate={"norm": "paper"}))
-    with pytest.raises(UserError, match="client 0 trains with batches of 1 sample, batch normalization needs 2"):
-        engine.client(0)
 
 
 def test_theta_that_does_not_fit_is_refused(config: Config, opened: Opened) -> None:

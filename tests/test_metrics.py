@@ -60,3 +60,16 @@ def test_damaged_line_is_named(tmp_path: Path, raw: bytes) -> None:
         file.write(raw)
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no round's metrics"):
         read(tmp_path)
+
+
+def test_tensorboard_is_a_copy_whose_loss_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Log(tmp_path, 0) as log:
+        monkeypatch.setattr(EventsWriter, "write_event", refuse)
+        for number in range(1, 30):
+            log.append({"round": number, "loss": 0.5})
+    assert len(read(tmp_path)) == 29

@@ -213,6 +213,34 @@ def make_late(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.
     return Late(), nn.Linear(50, classes)
 
 
+class Retyped(Late):
+    """Changes the type of a buffer in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(1, dtype=torch.float64))
+
+
+def make_retyped(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Retyped(), nn.Linear(50, classes)
+
+
+class Sparse(nn.Module):
+    """Has sparse gradients, which the optimizer does not take with weight decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 50, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.table(x.flatten(1)[:, 0].long().clamp(0, 2))
+        return out
+
+
+def make_sparse(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Sparse(), nn.Linear(50, classes)
+
+
 def make_counting(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
     return Counting(), nn.Linear(50, classes)
 
@@ -224,27 +252,37 @@ def make_detached(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module,
 @pytest.mark.parametrize(
     ("factory", "complaint"),
     [
-        ("make_late", "tensor 'local_expert.seen' appears or changes shape in training"),
+        ("make_late", "tensor 'local_expert.seen' appears or changes shape or type in training"),
+        ("make_retyped", "tensor 'local_expert.seen' appears or changes shape or type in training"),
+        ("make_sparse", "a training step with 4 samples fails: "),
         ("make_counting", "Counting keeps state outside of tensors"),
-        ("make_detached", "fails in a training step: KeyError: 'no such mode'"),
+        ("make_detached", "a training step with 4 samples fails: KeyError: 'no such mode'"),
     ],
 )
 def test_models_that_cannot_train_or_be_kept_are_found_in_rehearsal(factory: str, complaint: str) -> None:
     m = made(model=Model(local=(f"{__name__}:{factory}",)))
     with pytest.raises(UserError, match=complaint):
-        mixture.rehearse(m, SHAPE, CLASSES, 4, factory)
+        mixture.rehearse(Config(), m, SHAPE, CLASSES, 4, factory)
 
 
 def test_rehearsal_changes_nothing() -> None:
     m = made(model=Model(local=(f"{__name__}:make_normed",)), gate=Gate(norm="paper"))
     before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
-    mixture.rehearse(m, SHAPE, CLASSES, 4, "normed")
+    mixture.rehearse(Config(), m, SHAPE, CLASSES, 4, "normed")
     assert all(torch.equal(before[name], tensor) for name, tensor in m.state_dict().items())
     assert all(p.grad is None for p in m.parameters())
 
 
+class Double(Normed):
+    """Has a float buffer that is not float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+
+
 def make_double(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 50).double()), nn.Linear(50, classes)
+    return Double(), nn.Linear(50, classes)
 
 
 def make_bare(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
@@ -253,5 +291,11 @@ def make_bare(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.
 
 @pytest.mark.parametrize("factory", ["make_bare", "make_double"])
 def test_global_expert_must_have_something_to_share_in_float32(factory: str) -> None:
-    with pytest.raises(UserError, match=r"must have parameters, and all .* in float32|does not run on images"):
+    with pytest.raises(UserError, match=r"must have parameters, and all its floating-point tensors in float32"):
         made(model=Model(global_expert=f"{__name__}:{factory}"))
+
+
+def test_batch_normalization_of_single_samples_is_found_in_rehearsal() -> None:
+    m = made(gate=Gate(norm="paper"))
+    with pytest.raises(UserError, match=r"with 1 samples fails: .*; raise training.batch_size or partition"):
+        mixture.rehearse(Config(), m, SHAPE, CLASSES, 1, "cnn-1")
