@@ -1,6 +1,8 @@
 """Plain PyTorch statements of the fused operations: slow, obvious, differentiable, in any dtype."""
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def gated_mix(
@@ -11,3 +13,49 @@ def gated_mix(
     """Mix two representations by the softmax of the gate's logits (FedMoE, arXiv 2402.01350, section 3)."""
     weights = gate.softmax(dim=1)
     return weights[:, :1] * global_ + weights[:, 1:] * local
+
+
+def gated_head(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2] logits, order [global, local]
+    weight: Tensor,  # [C, D]
+    bias: Tensor | None,  # [C]
+    targets: Tensor,  # [B] integer
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    class_weights: Tensor | None = None,  # [C]
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:  # [] or, for "none", [B]; []
+    """The mix, its logits' loss and the number of correct predictions; rows with `ignore_index` count for nothing.
+
+    A row's loss is Σ_c q_c (lse − z_c) + z_loss · lse², with q_c = (1 − ε) w_y [c = y] + ε w_c / C, ε the label
+    smoothing, w the class weights, z the logits, capped to softcap · tanh(z / softcap), and lse = log Σ exp z.
+    `mean` divides by Σ w_y of the rows that count; with none, the loss is 0.
+    """
+    logits = F.linear(gated_mix(global_, local, gate), weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    classes = logits.shape[1]
+    kept = targets != ignore_index
+    index = targets.where(kept, 0)
+    w = logits.new_ones(classes) if class_weights is None else class_weights.to(logits.dtype)
+    gaps = -logits.log_softmax(dim=1)  # lse − z_c
+    rows = (1 - label_smoothing) * w[index] * gaps.gather(1, index[:, None])[:, 0]
+    if label_smoothing:
+        rows = rows + label_smoothing / classes * (gaps * w).sum(1)
+    if z_loss:
+        rows = rows + z_loss * logits.logsumexp(1) ** 2
+    rows = rows.where(kept, 0)
+    correct = ((logits.argmax(1) == targets) & kept).sum()
+    if reduction == "none":
+        return rows, correct
+    if reduction == "sum":
+        return rows.sum(), correct
+    if reduction != "mean":
+        raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
+    total = w[index].where(kept, 0).sum()
+    return rows.sum() / total.where(total != 0, 1), correct

@@ -1,0 +1,268 @@
+"""Launchers of the gated head's kernels: which arguments, constants and tiles a call takes, and what they refuse."""
+
+import contextlib
+import importlib
+from collections.abc import Collection, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_kernels: ModuleType | None = None
+_missing = ""
+try:
+    _kernels = importlib.import_module("fedmoe.kernels.gated_head_kernels")
+except ImportError as error:
+    _missing = str(error)
+# Under TRITON_INTERPRET=1 the same kernels run in NumPy, on CPU tensors.
+_INTERPRETED = _kernels is not None and type(_kernels.rows_kernel).__name__ == "InterpretedFunction"
+
+MAX_CLASSES = 1024
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+"""global_ [B, D], local [B, D], gate [B, 2], weight [C, D], bias [C], targets [B], class_weights [C]."""
+
+
+class Options(NamedTuple):
+    """What the kernels are compiled for; a softcap of 0 is none."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+
+class Scratch(NamedTuple):
+    """What the first kernel leaves for the second; its contents mean nothing between calls."""
+
+    d_logits: Tensor  # [B, C] fp32
+    losses: Tensor  # [B] fp32
+    row_weights: Tensor  # [B] fp32
+    hits: Tensor  # [B] int32
+
+    @classmethod
+    def empty(cls, rows: int, classes: int, device: torch.device | str) -> "Scratch":
+        """Scratch for B rows and C classes."""
+        losses = torch.empty(rows, device=device)
+        hits = torch.empty(rows, dtype=torch.int32, device=device)
+        return cls(losses.new_empty(rows, classes), losses, torch.empty_like(losses), hits)
+
+
+class Launch(NamedTuple):
+    """One call of one kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    tensors: dict[str, Tensor | None]
+    constants: dict[str, Any]
+    rows: int
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        """Enqueue it on the current stream of the tensors' device."""
+        device = next(t.device for t in self.tensors.values() if t is not None)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](
+                **self.tensors, **self.constants, B=self.rows, num_warps=self.warps, num_stages=self.stages
+            )
+
+
+def rows_launch(
+    inputs: Inputs,
+    options: Options,
+    scratch: Scratch,
+    scale: Tensor | None = None,  # [] or [B]
+    denominator: Tensor | None = None,  # []
+    gradients: tuple[Tensor | None, ...] = (None, None, None),  # of global_, local and gate
+    add: Collection[str] = (),
+) -> Launch:
+    """Losses and hits of all rows and, with a denominator, the gradients of everything that has rows."""
+    assert _kernels is not None
+    global_, _, _, weight, bias, targets, class_weights = inputs
+    rows, classes = len(global_), len(weight)
+    block_c = _power_of_two(classes)
+    bytes_, tiles = global_.element_size(), _kernels.ROW_TILES
+    block_b, block_d, warps, stages = tiles[min(key for key in tiles if key[0] == bytes_ and key[1] >= block_c)]
+    backward = denominator is not None
+    return Launch(
+        _kernels.rows_kernel,
+        (-(-rows // block_b),),
+        {
+            **_named(inputs),
+            "weight": weight,
+            "bias": bias,
+            "targets": targets,
+            "class_weights": class_weights,
+            "scale": scale,
+            "denominator": denominator,
+            "losses": scratch.losses,
+            "row_weights": None if backward else scratch.row_weights,
+            "hits": scratch.hits,
+            "d_logits": scratch.d_logits if backward else None,
+            **dict(zip(("d_global", "d_local", "d_gate"), gradients, strict=True)),
+        },
+        {
+            **strides(*inputs[:3]),
+            "SCALE_B": _scale_stride(scale),
+            "C": classes,
+            "WEIGHT_C": weight.stride(0),
+            "WEIGHT_D": weight.stride(1),
+            "BIAS_C": 0 if bias is None else bias.stride(0),
+            "TARGETS_B": targets.stride(0),
+            "CLASS_WEIGHTS_C": 0 if class_weights is None else class_weights.stride(0),
+            "IGNORE": options.ignore_index,
+            "SMOOTHING": options.label_smoothing,
+            "Z_LOSS": options.z_loss,
+            "SOFTCAP": options.softcap,
+            "ADD_GLOBAL": "d_global" in add,
+            "ADD_LOCAL": "d_local" in add,
+            "ADD_GATE": "d_gate" in add,
+            "BLOCK_B": block_b,
+            "BLOCK_C": block_c,
+            "BLOCK_D": block_d,
+        },
+        rows,
+        warps,
+        stages,
+    )
+
+
+def header_launch(
+    inputs: Inputs,
+    scratch: Scratch,
+    scale: Tensor,  # [] or [B]
+    denominator: Tensor,  # []
+    loss: Tensor | None,  # []
+    correct: Tensor | None,  # []
+    gradients: tuple[Tensor | None, ...],  # of weight and bias
+    add: Collection[str] = (),
+) -> Launch:
+    """The header's gradients and, with a loss, the totals, from what `rows_launch` left in `scratch`."""
+    assert _kernels is not None
+    (rows, width), classes = inputs[0].shape, len(inputs[3])
+    block_b, block_c, block_d, warps, stages = _kernels.HEADER_TILES[inputs[0].element_size()]
+    block_c = min(block_c, _power_of_two(classes))
+    return Launch(
+        _kernels.header_kernel,
+        (-(-width // block_d), -(-classes // block_c)),
+        {
+            **_named(inputs),
+            "d_logits": scratch.d_logits,
+            "scale": scale,
+            "denominator": denominator,
+            "losses": scratch.losses,
+            "hits": scratch.hits,
+            "loss": loss,
+            "correct": correct,
+            **dict(zip(("d_weight", "d_bias"), gradients, strict=True)),
+        },
+        {
+            **strides(*inputs[:3]),
+            "SCALE_B": _scale_stride(scale),
+            "C": classes,
+            "ADD_LOSS": "loss" in add,
+            "ADD_CORRECT": "correct" in add,
+            "ADD_WEIGHT": "d_weight" in add,
+            "ADD_BIAS": "d_bias" in add,
+            "BLOCK_B": block_b,
+            "BLOCK_C": block_c,
+            "BLOCK_D": block_d,
+        },
+        rows,
+        warps,
+        stages,
+    )
+
+
+def totals_launch(scratch: Scratch, loss: Tensor | None, correct: Tensor, denominator: Tensor, mean: bool) -> Launch:
+    """Loss, correct predictions and denominator of a forward pass without gradients."""
+    assert _kernels is not None
+    tensors = {
+        "losses": scratch.losses,
+        "row_weights": scratch.row_weights,
+        "hits": scratch.hits,
+        "loss": loss,
+        "correct": correct,
+        "denominator": denominator,
+    }
+    return Launch(_kernels.totals_kernel, (1,), tensors, {"MEAN": mean}, len(scratch.losses), 4, 1)
+
+
+def unsupported(
+    global_: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weights: Tensor | None,
+) -> str:
+    """Why the kernels do not take these tensors; empty if they do. Shapes are taken to agree."""
+    others = (
+        ("local", local, (global_.dtype,)),
+        ("gate", gate, FLOATS),
+        ("weight", weight, (global_.dtype,)),
+        ("bias", bias, FLOATS),
+        ("targets", targets, (torch.int64, torch.int32)),
+        ("class_weights", class_weights, FLOATS),
+    )
+    if reason := refusal(global_, others):
+        return reason
+    if len(weight) > MAX_CLASSES:
+        return f"{len(weight)} classes are more than {MAX_CLASSES}"
+    if len(weight) == 0:
+        return "there are no classes"
+    return ""
+
+
+def refusal(global_: Tensor, others: Iterable[tuple[str, Tensor | None, Collection[torch.dtype]]]) -> str:
+    """Why no kernel here takes a representation [B, D] and other tensors, each with the dtypes it may have."""
+    if _kernels is None:
+        return f"Triton is missing ({_missing})"
+    device, dtype = global_.device, global_.dtype
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"global is on {device}, not on a CUDA device"
+    if dtype not in FLOATS:
+        return f"global is {dtype}, not one of {FLOATS}"
+    if _INTERPRETED and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below (8, 0)"
+    for name, tensor, dtypes in others:
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            return f"{name} is on {tensor.device}, global on {device}"
+        if tensor.dtype not in dtypes:
+            return f"{name} is {tensor.dtype}, not one of {dtypes}"
+    if global_.numel() == 0:
+        return f"there is nothing to do for shape {tuple(global_.shape)}"
+    return ""
+
+
+def _power_of_two(classes: int) -> int:
+    return int(max(16, 1 << (classes - 1).bit_length()))
+
+
+def _named(inputs: Inputs) -> dict[str, Tensor | None]:
+    return {"global_": inputs[0], "local": inputs[1], "gate": inputs[2]}
+
+
+def strides(global_: Tensor, local: Tensor, gate: Tensor) -> dict[str, int]:
+    """D and the strides of what every kernel here reads."""
+    return {
+        "D": global_.shape[1],
+        "GLOBAL_B": global_.stride(0),
+        "GLOBAL_D": global_.stride(1),
+        "LOCAL_B": local.stride(0),
+        "LOCAL_D": local.stride(1),
+        "GATE_B": gate.stride(0),
+        "GATE_E": gate.stride(1),
+    }
+
+
+def _scale_stride(scale: Tensor | None) -> int:
+    return 1 if scale is not None and scale.ndim else 0

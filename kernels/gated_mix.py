@@ -1,0 +1,111 @@
+"""The gated mix alone, for headers that are not linear: launchers, autograd and what they refuse."""
+
+import contextlib
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmoe.kernels.batching import one_by_one
+from fedmoe.kernels.gated_head_launch import FLOATS, Launch, refusal, strides
+
+_kernels: ModuleType | None = None
+with contextlib.suppress(ImportError):  # `refusal` says so
+    _kernels = importlib.import_module("fedmoe.kernels.gated_mix_kernels")
+
+
+def gated_mix(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2] logits, order [global, local]
+) -> Tensor:  # [B, D]
+    """What `oracle.gated_mix` says, mixed in fp32 and rounded once to the representations' dtype; differentiable.
+
+    Raises ValueError where shapes differ, or with the reason of `gated_mix_supported`.
+    """
+    if global_.ndim != 2 or local.shape != global_.shape:
+        raise ValueError(f"global has shape {tuple(global_.shape)}, local {tuple(local.shape)}, expected equal [B, D]")
+    if gate.shape != (len(global_), 2):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}, expected {(len(global_), 2)}")
+    supported, reason = gated_mix_supported(global_, local, gate)
+    if not supported:
+        raise ValueError(f"gated_mix: {reason}")
+    out: Tensor = _forward(global_, local, gate)
+    return out
+
+
+def gated_mix_supported(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2]
+) -> tuple[bool, str]:
+    """Whether `gated_mix` takes these tensors, and if not, why."""
+    reason = refusal(global_, (("local", local, (global_.dtype,)), ("gate", gate, FLOATS)))
+    return not reason, reason
+
+
+def forward_launch(global_: Tensor, local: Tensor, gate: Tensor, mixed: Tensor) -> Launch:
+    """The mix of all rows."""
+    assert _kernels is not None
+    return _launch(_kernels.mix_kernel, global_, local, gate, {"mixed": mixed})
+
+
+def backward_launch(
+    upstream: Tensor, global_: Tensor, local: Tensor, gate: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
+) -> Launch:
+    """The gradients of all three operands."""
+    assert _kernels is not None
+    out = dict(zip(("d_global", "d_local", "d_gate"), gradients, strict=True))
+    return _launch(_kernels.mix_backward_kernel, global_, local, gate, {"upstream": upstream, **out})
+
+
+def _launch(kernel: Any, global_: Tensor, local: Tensor, gate: Tensor, others: dict[str, Tensor]) -> Launch:
+    assert _kernels is not None
+    block_b, block_d, warps, stages = _kernels.MIX_TILE
+    constants = {**strides(global_, local, gate), "BLOCK_B": block_b, "BLOCK_D": block_d}
+    tensors: dict[str, Tensor | None] = {"global_": global_, "local": local, "gate": gate, **others}
+    rows = len(global_)
+    return Launch(kernel, (-(-rows // block_b),), tensors, constants, rows, warps, stages)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fedmoe::gated_mix", mutates_args=())
+def _forward(global_: Tensor, local: Tensor, gate: Tensor) -> Tensor:
+    mixed = _empty(global_)
+    forward_launch(global_, local, gate, mixed).run()
+    return mixed
+
+
+@torch.library.custom_op("fedmoe::gated_mix_backward", mutates_args=())
+def _backward(upstream: Tensor, global_: Tensor, local: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = _empty(global_), _empty(local), _empty(gate)
+    backward_launch(upstream.contiguous(), global_, local, gate, out).run()
+    return out
+
+
+@_forward.register_fake
+def _(global_: Tensor, local: Tensor, gate: Tensor) -> Tensor:
+    return _empty(global_)
+
+
+@_backward.register_fake
+def _(upstream: Tensor, global_: Tensor, local: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(global_), _empty(local), _empty(gate)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> Any:
+    return _backward(upstream, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_vmap(one_by_one(_forward))
+_backward.register_vmap(one_by_one(_backward))
