@@ -131,7 +131,3 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from fedmoe import doctor
 
     return doctor.run(args.json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

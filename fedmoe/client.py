@@ -152,8 +152,8 @@ def _split(path: Path, written: int) -> partition.Split:
 def outgoing(client: int, schema: Schema, payload: Payload, weight: float, metrics: Metrics) -> Result:
     """Let a client's contribution out: the only place through which anything leaves one.
 
-    Raises ValueError unless the payload holds exactly what `schema` declares, on the CPU, and every metric is a number
-    or a list of numbers.
+    The payload goes out as a copy. Raises ValueError unless it holds exactly what `schema` declares, and every metric
+    is a number or a list of numbers.
     """
     if broken := violations(payload, schema):
         raise ValueError(f"client {client} may not send this: {'; '.join(broken)}")
