@@ -20,6 +20,7 @@ from fedmoe.kernels.gated_head_launch import (
     totals_launch,
     unsupported,
 )
+from fedmoe.kernels.launch import fits
 
 BUFFERS = ("loss", "correct", "d_global", "d_local", "d_gate", "d_weight", "d_bias")
 REDUCTIONS = ("mean", "sum", "none")
@@ -113,13 +114,8 @@ def gated_head_step(
         ("scratch.losses", scratch.losses, (rows,), fp32),
         ("scratch.hits", scratch.hits, (rows,), torch.int32),
     ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != global_.device:
-            found = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-            raise ValueError(f"{name} has {found}, expected contiguous {tuple(shape)} on {global_.device}")
-        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}, expected {dtype or 'floating point'}")
+        if tensor is not None:
+            fits(name, tensor, tuple(shape), dtype, global_.device)
     inputs = (global_, local, gate, weight, bias, targets, class_weights)
     _gradients(inputs, options, scale, denominator, gradients, scratch, loss, correct, frozenset(accumulate))
 

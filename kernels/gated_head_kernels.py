@@ -55,7 +55,7 @@ def _total(values, B, BLOCK: tl.constexpr):
     """Sum of values [B], in a fixed order."""
     total = tl.zeros([BLOCK], values.dtype.element_ty)
     for start in range(0, B, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+        at = start + tl.arange(0, BLOCK).to(tl.int64)
         total += tl.load(values + at, mask=at < B, other=0)
     return tl.sum(total, 0)
 

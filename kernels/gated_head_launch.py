@@ -1,25 +1,16 @@
 """Launchers of the gated head's kernels: which arguments, constants and tiles a call takes, and what they refuse."""
 
-import contextlib
-import importlib
-from collections.abc import Collection, Iterable
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_kernels: ModuleType | None = None
-_missing = ""
-try:
-    _kernels = importlib.import_module("fedmoe.kernels.gated_head_kernels")
-except ImportError as error:
-    _missing = str(error)
-# Under TRITON_INTERPRET=1 the same kernels run in NumPy, on CPU tensors.
-_INTERPRETED = _kernels is not None and type(_kernels.rows_kernel).__name__ == "InterpretedFunction"
+from fedmoe.kernels.launch import FLOATS, INTERPRETED, Launch, load, refusal
+
+_kernels = load("gated_head_kernels")
 
 MAX_CLASSES = 1024
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 """global_ [B, D], local [B, D], gate [B, 2], weight [C, D], bias [C], targets [B], class_weights [C]."""
@@ -48,26 +39,6 @@ class Scratch(NamedTuple):
         losses = torch.empty(rows, device=device)
         hits = torch.empty(rows, dtype=torch.int32, device=device)
         return cls(losses.new_empty(rows, classes), losses, torch.empty_like(losses), hits)
-
-
-class Launch(NamedTuple):
-    """One call of one kernel."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    tensors: dict[str, Tensor | None]
-    constants: dict[str, Any]
-    rows: int
-    warps: int
-    stages: int
-
-    def run(self) -> None:
-        """Enqueue it on the current stream of the tensors' device."""
-        device = next(t.device for t in self.tensors.values() if t is not None)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](
-                **self.tensors, **self.constants, B=self.rows, num_warps=self.warps, num_stages=self.stages
-            )
 
 
 def rows_launch(
@@ -124,7 +95,7 @@ def rows_launch(
             "BLOCK_C": block_c,
             "BLOCK_D": block_d,
         },
-        rows,
+        {"B": rows},
         warps,
         stages,
     )
@@ -171,7 +142,7 @@ def header_launch(
             "BLOCK_C": block_c,
             "BLOCK_D": block_d,
         },
-        rows,
+        {"B": rows},
         warps,
         stages,
     )
@@ -188,7 +159,7 @@ def totals_launch(scratch: Scratch, loss: Tensor | None, correct: Tensor, denomi
         "correct": correct,
         "denominator": denominator,
     }
-    return Launch(_kernels.totals_kernel, (1,), tensors, {"MEAN": mean}, len(scratch.losses), 4, 1)
+    return Launch(_kernels.totals_kernel, (1,), tensors, {"MEAN": mean}, {"B": len(scratch.losses)}, 4, 1)
 
 
 def unsupported(
@@ -201,7 +172,8 @@ def unsupported(
     class_weights: Tensor | None,
 ) -> str:
     """Why the kernels do not take these tensors; empty if they do. Shapes are taken to agree."""
-    others = (
+    tensors = (
+        ("global", global_, FLOATS),
         ("local", local, (global_.dtype,)),
         ("gate", gate, FLOATS),
         ("weight", weight, (global_.dtype,)),
@@ -209,7 +181,7 @@ def unsupported(
         ("targets", targets, (torch.int64, torch.int32)),
         ("class_weights", class_weights, FLOATS),
     )
-    if reason := refusal(global_, others):
+    if reason := refusal(tensors) or unmultiplied(global_):
         return reason
     if len(weight) > MAX_CLASSES:
         return f"{len(weight)} classes are more than {MAX_CLASSES}"
@@ -218,26 +190,10 @@ def unsupported(
     return ""
 
 
-def refusal(global_: Tensor, others: Iterable[tuple[str, Tensor | None, Collection[torch.dtype]]]) -> str:
-    """Why no kernel here takes a representation [B, D] and other tensors, each with the dtypes it may have."""
-    if _kernels is None:
-        return f"Triton is missing ({_missing})"
-    device, dtype = global_.device, global_.dtype
-    if device.type != "cuda" and not _INTERPRETED:
-        return f"global is on {device}, not on a CUDA device"
-    if dtype not in FLOATS:
-        return f"global is {dtype}, not one of {FLOATS}"
-    if _INTERPRETED and dtype == torch.bfloat16:
+def unmultiplied(global_: Tensor) -> str:
+    """Why no representation [B, D] like this is multiplied by a header; empty if it is."""
+    if global_.dtype == torch.bfloat16 and INTERPRETED:
         return "Triton's interpreter multiplies bfloat16 wrongly"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{device} has compute capability {torch.cuda.get_device_capability(device)}, below (8, 0)"
-    for name, tensor, dtypes in others:
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            return f"{name} is on {tensor.device}, global on {device}"
-        if tensor.dtype not in dtypes:
-            return f"{name} is {tensor.dtype}, not one of {dtypes}"
     if global_.numel() == 0:
         return f"there is nothing to do for shape {tuple(global_.shape)}"
     return ""

@@ -1,19 +1,15 @@
 """The gated mix alone, for headers that are not linear: launchers, autograd and what they refuse."""
 
-import contextlib
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
-from fedmoe.kernels.gated_head_launch import FLOATS, Launch, refusal, strides
+from fedmoe.kernels.gated_head_launch import strides, unmultiplied
+from fedmoe.kernels.launch import FLOATS, Launch, load, refusal
 
-_kernels: ModuleType | None = None
-with contextlib.suppress(ImportError):  # `refusal` says so
-    _kernels = importlib.import_module("fedmoe.kernels.gated_mix_kernels")
+_kernels = load("gated_mix_kernels")
 
 
 def gated_mix(
@@ -42,7 +38,8 @@ def gated_mix_supported(
     gate: Tensor,  # [B, 2]
 ) -> tuple[bool, str]:
     """Whether `gated_mix` takes these tensors, and if not, why."""
-    reason = refusal(global_, (("local", local, (global_.dtype,)), ("gate", gate, FLOATS)))
+    tensors = (("global", global_, FLOATS), ("local", local, (global_.dtype,)), ("gate", gate, FLOATS))
+    reason = refusal(tensors) or unmultiplied(global_)
     return not reason, reason
 
 
@@ -67,7 +64,7 @@ def _launch(kernel: Any, global_: Tensor, local: Tensor, gate: Tensor, others: d
     constants = {**strides(global_, local, gate), "BLOCK_B": block_b, "BLOCK_D": block_d}
     tensors: dict[str, Tensor | None] = {"global_": global_, "local": local, "gate": gate, **others}
     rows = len(global_)
-    return Launch(kernel, (-(-rows // block_b),), tensors, constants, rows, warps, stages)
+    return Launch(kernel, (-(-rows // block_b),), tensors, constants, {"B": rows}, warps, stages)
 
 
 def _empty(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmoe.kernels import gated_head_launch, oracle
+from fedmoe.kernels import launch, oracle
 from fedmoe.kernels.gated_head import gated_head_denominator
 from tests.heads import ALL_OPTIONS, class_weights, gated_head, gated_head_supported, operands, plain_head
 
@@ -96,7 +96,7 @@ def test_denominator() -> None:
     assert gated_head_denominator(targets, ignore_index=2) == 2
 
 
-@pytest.mark.skipif(gated_head_launch._INTERPRETED, reason="TRITON_INTERPRET=1 is set")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1 is set")
 def test_is_refused_on_the_cpu() -> None:
     given, targets = operands(6, 4, 3)
     supported, reason = gated_head_supported(*given, targets)
@@ -106,7 +106,6 @@ def test_is_refused_on_the_cpu() -> None:
 
 
 def test_is_refused_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_head_launch, "_kernels", None)
-    monkeypatch.setattr(gated_head_launch, "_missing", "No module named 'triton'")
+    monkeypatch.setattr(launch, "_missing", "No module named 'triton'")
     given, targets = operands(6, 4, 3)
     assert gated_head_supported(*given, targets) == (False, "Triton is missing (No module named 'triton')")
