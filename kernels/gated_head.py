@@ -61,7 +61,7 @@ def gated_head(
     """
     _check(global_, local, gate, weight, bias, targets, class_weights)
     options = Options(ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    _check_options(options, softcap, reduction)
+    check_options(options, softcap, reduction)
     out = _forward(global_, local, gate, weight, bias, targets, class_weights, *options, reduction)
     return out[0], out[1]
 
@@ -93,7 +93,7 @@ def gated_head_step(
     """
     _check(global_, local, gate, weight, bias, targets, class_weights)
     options = Options(ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    _check_options(options, softcap, "sum")
+    check_options(options, softcap, "sum")
     if unknown := set(accumulate) - set(BUFFERS):
         raise ValueError(f"accumulate names {sorted(unknown)}, expected some of {BUFFERS}")
     if (bias is None) != (gradients.d_bias is None):
@@ -155,6 +155,21 @@ def _check(
     targets: Tensor,
     class_weights: Tensor | None,
 ) -> None:
+    check_shapes(global_, local, gate, weight, bias, targets, ("class_weights", class_weights, tuple(weight.shape[:1])))
+    if reason := unsupported(global_, local, gate, weight, bias, targets, class_weights):
+        raise ValueError(f"gated_head: {reason}")
+
+
+def check_shapes(
+    global_: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: tuple[str, Tensor | None, tuple[int, ...]],  # a loss's weights: name, tensor, expected shape
+) -> None:
+    """Raise ValueError where a head's operands do not fit together."""
     if global_.ndim != 2 or weight.ndim != 2:
         raise ValueError(
             f"global has shape {tuple(global_.shape)}, weight {tuple(weight.shape)}, expected two dimensions each"
@@ -166,15 +181,14 @@ def _check(
         ("weight", weight, (classes, width)),
         ("bias", bias, (classes,)),
         ("targets", targets, (rows,)),
-        ("class_weights", class_weights, (classes,)),
+        weights,
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if reason := unsupported(global_, local, gate, weight, bias, targets, class_weights):
-        raise ValueError(f"gated_head: {reason}")
 
 
-def _check_options(options: Options, softcap: float | None, reduction: str) -> None:
+def check_options(options: Options, softcap: float | None, reduction: str) -> None:
+    """Raise ValueError where an option is out of its range."""
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {options.label_smoothing}, expected 0 to 1")
     if options.z_loss < 0:

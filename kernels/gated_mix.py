@@ -1,15 +1,28 @@
-"""The gated mix alone, for headers that are not linear: launchers, autograd and what they refuse."""
+"""The gated mix alone, for headers that are not linear.
 
-from typing import Any
+`gated_mix` is differentiable and functional; `gated_mix_step` and `gated_mix_backward_step` write into given buffers,
+without autograd; `gated_mix_supported` says whether they take given tensors; `oracle.gated_mix` is the plain statement.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
 from fedmoe.kernels.gated_head_launch import strides, unmultiplied
-from fedmoe.kernels.launch import FLOATS, Launch, load, refusal
+from fedmoe.kernels.launch import FLOATS, Launch, fits, load, refusal
 
 _kernels = load("gated_mix_kernels")
+
+
+class MixGradients(NamedTuple):
+    """The buffers that gradients go to, each contiguous and of its operand's shape; dtypes may differ."""
+
+    d_global: Tensor  # [B, D]
+    d_local: Tensor  # [B, D]
+    d_gate: Tensor  # [B, 2]
 
 
 def gated_mix(
@@ -21,15 +34,45 @@ def gated_mix(
 
     Raises ValueError where shapes differ, or with the reason of `gated_mix_supported`.
     """
-    if global_.ndim != 2 or local.shape != global_.shape:
-        raise ValueError(f"global has shape {tuple(global_.shape)}, local {tuple(local.shape)}, expected equal [B, D]")
-    if gate.shape != (len(global_), 2):
-        raise ValueError(f"gate has shape {tuple(gate.shape)}, expected {(len(global_), 2)}")
-    supported, reason = gated_mix_supported(global_, local, gate)
-    if not supported:
-        raise ValueError(f"gated_mix: {reason}")
+    _check(global_, local, gate)
     out: Tensor = _forward(global_, local, gate)
     return out
+
+
+def gated_mix_step(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2] logits, order [global, local]
+    *,
+    mixed: Tensor,  # [B, D] out
+) -> None:
+    """The mix, into a given buffer, which may have a dtype of its own. Raises ValueError as `gated_mix` does."""
+    _check(global_, local, gate)
+    fits("mixed", mixed, tuple(global_.shape), None, global_.device)
+    forward_launch(global_, local, gate, mixed).run()
+
+
+def gated_mix_backward_step(
+    upstream: Tensor,  # [B, D] gradient of the mix, contiguous
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2]
+    *,
+    gradients: MixGradients,  # out
+    accumulate: Collection[str] = (),  # those of MixGradients' names that are added to instead of written
+) -> None:
+    """All three gradients, into given buffers; from an fp32 `upstream`, the gate's is taken before any rounding.
+
+    Raises ValueError as `gated_mix` does, or where a buffer does not fit.
+    """
+    _check(global_, local, gate)
+    for name, buffer, operand in zip(
+        ("upstream", *MixGradients._fields), (upstream, *gradients), (global_, global_, local, gate), strict=True
+    ):
+        fits(name, buffer, tuple(operand.shape), None, global_.device)
+    if unknown := set(accumulate) - set(MixGradients._fields):
+        raise ValueError(f"accumulate names {sorted(unknown)}, expected some of {MixGradients._fields}")
+    backward_launch(upstream, global_, local, gate, gradients, accumulate).run()
 
 
 def gated_mix_supported(
@@ -43,25 +86,43 @@ def gated_mix_supported(
     return not reason, reason
 
 
+def _check(global_: Tensor, local: Tensor, gate: Tensor) -> None:
+    if global_.ndim != 2 or local.shape != global_.shape:
+        raise ValueError(f"global has shape {tuple(global_.shape)}, local {tuple(local.shape)}, expected equal [B, D]")
+    if gate.shape != (len(global_), 2):
+        raise ValueError(f"gate has shape {tuple(gate.shape)}, expected {(len(global_), 2)}")
+    supported, reason = gated_mix_supported(global_, local, gate)
+    if not supported:
+        raise ValueError(f"gated_mix: {reason}")
+
+
 def forward_launch(global_: Tensor, local: Tensor, gate: Tensor, mixed: Tensor) -> Launch:
     """The mix of all rows."""
     assert _kernels is not None
-    return _launch(_kernels.mix_kernel, global_, local, gate, {"mixed": mixed})
+    return _launch(_kernels.mix_kernel, global_, local, gate, {"mixed": mixed}, {})
 
 
 def backward_launch(
-    upstream: Tensor, global_: Tensor, local: Tensor, gate: Tensor, gradients: tuple[Tensor, Tensor, Tensor]
+    upstream: Tensor,
+    global_: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    add: Collection[str] = (),
 ) -> Launch:
     """The gradients of all three operands."""
     assert _kernels is not None
-    out = dict(zip(("d_global", "d_local", "d_gate"), gradients, strict=True))
-    return _launch(_kernels.mix_backward_kernel, global_, local, gate, {"upstream": upstream, **out})
+    out = dict(zip(MixGradients._fields, gradients, strict=True))
+    flags = {"ADD_GLOBAL": "d_global" in add, "ADD_LOCAL": "d_local" in add, "ADD_GATE": "d_gate" in add}
+    return _launch(_kernels.mix_backward_kernel, global_, local, gate, {"upstream": upstream, **out}, flags)
 
 
-def _launch(kernel: Any, global_: Tensor, local: Tensor, gate: Tensor, others: dict[str, Tensor]) -> Launch:
+def _launch(
+    kernel: Any, global_: Tensor, local: Tensor, gate: Tensor, others: dict[str, Tensor], flags: dict[str, bool]
+) -> Launch:
     assert _kernels is not None
     block_b, block_d, warps, stages = _kernels.MIX_TILE
-    constants = {**strides(global_, local, gate), "BLOCK_B": block_b, "BLOCK_D": block_d}
+    constants = {**strides(global_, local, gate), **flags, "BLOCK_B": block_b, "BLOCK_D": block_d}
     tensors: dict[str, Tensor | None] = {"global_": global_, "local": local, "gate": gate, **others}
     rows = len(global_)
     return Launch(kernel, (-(-rows // block_b),), tensors, constants, {"B": rows}, warps, stages)

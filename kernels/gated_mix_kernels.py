@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fedmoe.kernels.gated_head_kernels import _alphas
+from fedmoe.kernels.gated_head_kernels import _alphas, _put
 
 MIX_TILE = (4, 256, 4, 2)
 """BLOCK_B, BLOCK_D, warps and stages of both kernels."""
@@ -42,7 +42,7 @@ def mix_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def mix_backward_kernel(
-    upstream,  # [B, D] gradient of the mix, contiguous
+    upstream,  # [B, D] gradient of the mix, contiguous, of any floating dtype
     global_,  # [B, D]
     local,  # [B, D]
     gate,  # [B, 2]
@@ -57,6 +57,9 @@ def mix_backward_kernel(
     LOCAL_D: tl.constexpr,
     GATE_B: tl.constexpr,
     GATE_E: tl.constexpr,
+    ADD_GLOBAL: tl.constexpr,  # add to d_global instead of writing it; likewise below
+    ADD_LOCAL: tl.constexpr,
+    ADD_GATE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -74,8 +77,8 @@ def mix_backward_kernel(
         r_g = tl.load(global_ + row[:, None] * GLOBAL_B + d[None, :] * GLOBAL_D, mask=inside, other=0.0)
         r_l = tl.load(local + row[:, None] * LOCAL_B + d[None, :] * LOCAL_D, mask=inside, other=0.0)
         dots += tl.sum(dr * (r_g.to(tl.float32) - r_l.to(tl.float32)), 1)
-        tl.store(d_global + at, (alpha_g[:, None] * dr).to(d_global.dtype.element_ty), mask=inside)
-        tl.store(d_local + at, (alpha_l[:, None] * dr).to(d_local.dtype.element_ty), mask=inside)
-    dg = (alpha_g * alpha_l * dots).to(d_gate.dtype.element_ty)
-    tl.store(d_gate + row * 2, dg, mask=live)
-    tl.store(d_gate + row * 2 + 1, -dg, mask=live)
+        _put(d_global + at, alpha_g[:, None] * dr, inside, ADD_GLOBAL)
+        _put(d_local + at, alpha_l[:, None] * dr, inside, ADD_LOCAL)
+    dg = alpha_g * alpha_l * dots
+    _put(d_gate + row * 2, dg, live, ADD_GATE)
+    _put(d_gate + row * 2 + 1, -dg, live, ADD_GATE)

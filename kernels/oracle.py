@@ -37,25 +37,66 @@ def gated_head(
     `mean` divides by Σ w_y of the rows that count; with none, the loss is 0.
     """
     logits = F.linear(gated_mix(global_, local, gate), weight, bias)
+    w = logits.new_ones(len(weight)) if class_weights is None else class_weights.to(logits.dtype)
+    rows, kept, correct = _losses(logits, targets, ignore_index, label_smoothing, z_loss, softcap, w)
+    return _reduced(rows, w[targets.where(kept, 0).long()].where(kept, 0), reduction), correct
+
+
+def gated_lm_head(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2] logits, order [global, local]
+    weight: Tensor,  # [C, D]
+    bias: Tensor | None,  # [C]
+    targets: Tensor,  # [B] integer
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weights: Tensor | None = None,  # [B]
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:  # [] or, for "none", [B]; []
+    """`gated_head` for a vocabulary: with a weight for each token, by which all of its loss is multiplied.
+
+    `mean` divides by the sum of the weights of the rows that count; where it is 0, by 1.
+    """
+    logits = F.linear(gated_mix(global_, local, gate), weight, bias)
+    ones = logits.new_ones(len(weight))
+    rows, kept, correct = _losses(logits, targets, ignore_index, label_smoothing, z_loss, softcap, ones)
+    w = torch.ones_like(rows) if token_weights is None else token_weights.to(rows.dtype)
+    w = w.where(kept, 0)
+    return _reduced((rows * w).where(kept, 0), w, reduction), correct
+
+
+def _losses(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B] losses, [B] which rows count, [] correct predictions
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    classes = logits.shape[1]
     kept = targets != ignore_index
-    index = targets.where(kept, 0)
-    w = logits.new_ones(classes) if class_weights is None else class_weights.to(logits.dtype)
+    index = targets.where(kept, 0).long()
     gaps = -logits.log_softmax(dim=1)  # lse − z_c
-    rows = (1 - label_smoothing) * w[index] * gaps.gather(1, index[:, None])[:, 0]
-    if label_smoothing:
-        rows = rows + label_smoothing / classes * (gaps * w).sum(1)
+    rows = (1 - smoothing) * w[index] * gaps.gather(1, index[:, None])[:, 0]
+    if smoothing:
+        rows = rows + smoothing / logits.shape[1] * (gaps * w).sum(1)
     if z_loss:
         rows = rows + z_loss * logits.logsumexp(1) ** 2
-    rows = rows.where(kept, 0)
-    correct = ((logits.argmax(1) == targets) & kept).sum()
+    return rows.where(kept, 0), kept, ((logits.argmax(1) == targets) & kept).sum()
+
+
+def _reduced(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
-        return rows, correct
+        return rows
     if reduction == "sum":
-        return rows.sum(), correct
+        return rows.sum()
     if reduction != "mean":
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
-    total = w[index].where(kept, 0).sum()
-    return rows.sum() / total.where(total != 0, 1), correct
+    total = weights.sum()
+    return rows.sum() / total.where(total != 0, 1)

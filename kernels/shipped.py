@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels import gated_head_launch as head
+from fedmoe.kernels import gated_lm_head_launch as lm_head
 from fedmoe.kernels import gated_mix as mix
 from fedmoe.kernels.gated_head import BUFFERS
 from fedmoe.kernels.gated_head_kernels import SHIPPED
+from fedmoe.kernels.gated_lm_head_kernels import SHIPPED as LM_SHIPPED
 from fedmoe.kernels.launch import Launch
 
 
@@ -28,6 +30,8 @@ def shipped() -> Iterator[Shipped]:
     with torch.device("meta"):
         for dtype, width, classes, full in SHIPPED:
             yield from _heads(getattr(torch, dtype), width, classes, full)
+        for dtype, width, classes, full, breadth in LM_SHIPPED:
+            yield from _lm_heads(getattr(torch, dtype), width, classes, full, breadth)
         for kind in (torch.bfloat16, torch.float32):
             yield from _mixes(kind)
 
@@ -65,6 +69,37 @@ def _heads(dtype: torch.dtype, width: int, classes: int, full: bool, rows: int =
         yield named("header", head.header_launch(inputs, scratch, scales, fp32, None, None, gradients), one_each)
     if (width, classes, full, size) == (500, 10, True, 4):
         yield Shipped("gated_head totals", "mean", head.totals_launch(scratch, fp32, correct, fp32, True), False, 0)
+
+
+def _lm_heads(
+    dtype: torch.dtype, width: int, classes: int, full: bool, breadth: int, rows: int = 4096
+) -> Iterator[Shipped]:
+    def optional(size: int, kind: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(size, dtype=kind) if full else None
+
+    options = head.Options(-100, 0.1, 1e-4, 30.0) if full else head.Options()
+    global_ = torch.empty(rows, width, dtype=dtype)
+    chunk = rows if breadth == classes else rows // lm_head.MAX_CHUNKS
+    scratch = lm_head.Scratch.empty(global_, classes, chunk * dtype.itemsize * (-(-breadth // 64) * 64))
+    logits = scratch.slab[:, :breadth]
+    factors = optional(rows), torch.empty(()), torch.empty(())
+    out = scratch.losses, scratch.hits
+    own = optional(classes, dtype), torch.empty(rows, dtype=torch.int64), *factors, *out
+    text = f"{_name(dtype)} C={classes} {'all options' if full else 'plain'}"
+    passes = [("losses and gradient", True, True)]
+    if breadth < classes:
+        text += f", {breadth} at a time"
+        passes = [("losses", True, False), ("gradient", False, True)]
+    for name, statistics, gradient in passes:
+        call = lm_head.losses_launch(own, options, scratch, logits, 0, classes, statistics, gradient)
+        yield Shipped(f"gated_lm_head {name}", text, call, False, 0)
+    if full and breadth == classes:
+        bias = lm_head.bias_launch(logits, torch.empty(classes), True)
+        yield Shipped("gated_lm_head bias", text, bias, False, 0)
+        mixed, wide = logits.new_empty(rows, width), torch.empty(rows, width)
+        gate = mixed.new_empty(rows, 2)
+        call = mix.backward_launch(wide, mixed, mixed, gate, (mixed, mixed, gate))
+        yield Shipped("gated_mix backward", f"{_name(dtype)} D={width}, from fp32", call, False, 0)
 
 
 def _mixes(dtype: torch.dtype) -> Iterator[Shipped]:

@@ -1,19 +1,47 @@
 """Checks of the gated head against the fp64 oracle, by the error that plain PyTorch makes in the same dtype."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedmoe.kernels import gated_head as kernels
+from fedmoe.kernels import gated_head as few
+from fedmoe.kernels import gated_lm_head as many
 from fedmoe.kernels import oracle
-from fedmoe.kernels.gated_head import Gradients, gated_head_denominator
+from fedmoe.kernels.gated_lm_head_launch import Gradients, Scratch
 
-# Called with unpacked operands, which mypy cannot count.
-plain_head: Any = oracle.gated_head
-gated_head: Any = kernels.gated_head
-gated_head_step: Any = kernels.gated_head_step
-gated_head_supported: Any = kernels.gated_head_supported
+
+class Head(NamedTuple):
+    """A head's entries; Any, because mypy cannot count unpacked operands."""
+
+    plain: Any
+    functional: Any
+    step: Any
+    supported: Any
+    denominator: Any
+    gradients: Any
+    weights: str  # the option that weighs the loss
+
+
+FEW = Head(
+    oracle.gated_head,
+    few.gated_head,
+    few.gated_head_step,
+    few.gated_head_supported,
+    few.gated_head_denominator,
+    few.Gradients,
+    "class_weights",
+)
+MANY = Head(
+    oracle.gated_lm_head,
+    many.gated_lm_head,
+    many.gated_lm_head_step,
+    many.gated_lm_head_supported,
+    many.gated_lm_head_denominator,
+    Gradients,
+    "token_weights",
+)
+plain_head, gated_head, gated_head_step, gated_head_supported = FEW[:4]
 
 NAMES = ("loss", "d_global", "d_local", "d_gate", "d_weight", "d_bias")
 ALL_OPTIONS: dict[str, Any] = {"label_smoothing": 0.2, "z_loss": 0.05, "softcap": 3.0}
@@ -60,24 +88,35 @@ def differentiated(
     return [loss.detach(), *gradients], correct
 
 
-def check(given: Operands, targets: Tensor, reduction: str = "mean", scale: float = 3.0, **options: Any) -> None:
+def check(
+    given: Operands,
+    targets: Tensor,
+    reduction: str = "mean",
+    scale: float = 3.0,
+    head: Head = FEW,
+    slab_bytes: int | None = None,
+    **options: Any,
+) -> None:
     """Both entries, values and gradients; `reduction="none"` with an upstream gradient of its own for each row."""
     assert given[0] is not None
     dtype = given[0].dtype
     upstream = torch.linspace(-1, 2, len(targets)) if reduction == "none" else torch.tensor(scale)
     arguments = {"reduction": reduction, **options}
-    exact, count = differentiated(plain_head, given, targets, torch.float64, upstream, **arguments)
-    plain, _ = differentiated(plain_head, given, targets, dtype, upstream, **arguments)
-    actual, correct = differentiated(gated_head, given, targets, dtype, upstream, **arguments)
+    exact, count = differentiated(head.plain, given, targets, torch.float64, upstream, **arguments)
+    plain, _ = differentiated(head.plain, given, targets, dtype, upstream, **arguments)
+    if slab_bytes is not None:
+        arguments["slab_bytes"] = slab_bytes
+    actual, correct = differentiated(head.functional, given, targets, dtype, upstream, **arguments)
     for name, ours, theirs, truth in zip(NAMES, actual, plain, exact, strict=False):
         assert_within_rule(name, ours, theirs, truth)
     assert correct == count
     if reduction != "none":
         for accumulate in (False, True):
-            check_step(given, targets, exact, plain, count, reduction, scale, accumulate, options)
+            check_step(head, given, targets, exact, plain, count, reduction, scale, accumulate, slab_bytes, options)
 
 
 def check_step(
+    head: Head,
     given: Operands,
     targets: Tensor,
     exact: list[Tensor],
@@ -86,6 +125,7 @@ def check_step(
     reduction: str,
     scale: float,
     accumulate: bool,
+    slab_bytes: int | None,
     options: dict[str, Any],
 ) -> None:
     """The step into buffers that hold NaN, or that are added to; the header's in fp32, as an engine's."""
@@ -96,10 +136,10 @@ def check_step(
     correct = torch.tensor(7)
     denominator = torch.ones(())
     if reduction == "mean":
-        keys = {k: options[k] for k in ("class_weights", "ignore_index") if k in options}
-        denominator = gated_head_denominator(targets, **keys)
-    gradients = Gradients(*buffers[1:], *([None] if given[4] is None else []))
-    gated_head_step(
+        keys = {k: options[k] for k in (head.weights, "ignore_index") if k in options}
+        denominator = head.denominator(targets, **keys)
+    gradients = head.gradients(*buffers[1:], *([None] if given[4] is None else []))
+    head.step(
         *given,
         targets,
         scale=torch.tensor(scale),
@@ -108,6 +148,7 @@ def check_step(
         correct=correct,
         gradients=gradients,
         accumulate=("loss", "correct", *NAMES[1:]) if accumulate else (),
+        scratch=None if slab_bytes is None else Scratch.empty(given[0], len(given[3]), slab_bytes),
         **options,
     )
     base = before if accumulate else 0.0
