@@ -59,3 +59,12 @@ def gated_head(
         raise ValueError(f"reduction is {reduction!r}, expected 'mean', 'sum' or 'none'")
     total = w[index].where(kept, 0).sum()
     return rows.sum() / total.where(total != 0, 1), correct
+
+
+def weighted_accumulate(
+    theta: Tensor,  # [P]
+    update: Tensor,  # [P]
+    weight: Tensor,  # []
+) -> Tensor:  # [P]
+    """A new θ + weight · update, in the dtype of θ; Σ w_k θ_k when called for client after client."""
+    return theta + weight * update.to(theta.dtype)

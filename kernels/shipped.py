@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmoe.kernels import accumulate, gather
 from fedmoe.kernels import gated_head_launch as head
 from fedmoe.kernels import gated_mix as mix
-from fedmoe.kernels import gather
 from fedmoe.kernels.gated_head import BUFFERS
 from fedmoe.kernels.gated_head_kernels import SHIPPED
 from fedmoe.kernels.launch import Launch
@@ -31,7 +31,7 @@ def shipped() -> Iterator[Shipped]:
             yield from _heads(getattr(torch, dtype), width, classes, full)
         for kind in (torch.bfloat16, torch.float32):
             yield from _mixes(kind)
-        yield from (Shipped(*made, False, 0) for made in gather.shipped())
+        yield from (Shipped(*made, False, 0) for made in (*gather.shipped(), *accumulate.shipped()))
 
 
 def _heads(dtype: torch.dtype, width: int, classes: int, full: bool, rows: int = 64) -> Iterator[Shipped]:
