@@ -69,6 +69,15 @@ def gated_lm_head(
     return _reduced((rows * w).where(kept, 0), w, reduction), correct
 
 
+def weighted_accumulate(
+    theta: Tensor,  # [P]
+    update: Tensor,  # [P]
+    weight: Tensor,  # []
+) -> Tensor:  # [P]
+    """A new θ + weight · update, in the dtype of θ; Σ w_k θ_k when called for client after client."""
+    return theta + weight * update.to(theta.dtype)
+
+
 def _losses(
     logits: Tensor,
     targets: Tensor,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmoe.kernels import accumulate, gather
 from fedmoe.kernels import gated_head_launch as head
 from fedmoe.kernels import gated_lm_head_launch as lm_head
 from fedmoe.kernels import gated_mix as mix
@@ -34,6 +35,7 @@ def shipped() -> Iterator[Shipped]:
             yield from _lm_heads(getattr(torch, dtype), width, classes, full, breadth)
         for kind in (torch.bfloat16, torch.float32):
             yield from _mixes(kind)
+        yield from (Shipped(*made, False, 0) for made in (*gather.shipped(), *accumulate.shipped()))
 
 
 def _heads(dtype: torch.dtype, width: int, classes: int, full: bool, rows: int = 64) -> Iterator[Shipped]:
