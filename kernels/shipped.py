@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmoe.kernels import flat_optimizer_shipped as flat
 from fedmoe.kernels import gated_head_launch as head
 from fedmoe.kernels import gated_mix as mix
 from fedmoe.kernels.gated_head import BUFFERS
@@ -30,6 +31,8 @@ def shipped() -> Iterator[Shipped]:
             yield from _heads(getattr(torch, dtype), width, classes, full)
         for kind in (torch.bfloat16, torch.float32):
             yield from _mixes(kind)
+        for kernel, configuration, launch in flat.configurations():
+            yield Shipped(kernel, configuration, launch, False, 0)
 
 
 def _heads(dtype: torch.dtype, width: int, classes: int, full: bool, rows: int = 64) -> Iterator[Shipped]:
