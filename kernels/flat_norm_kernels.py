@@ -1,10 +1,10 @@
 """Triton kernels of the norm over flat gradients and of its verdict, and what all flat kernels share.
 
-Shapes: K rows (1 for tensors without them) of P elements, contiguous. Arguments in capitals are compile-time constants
-or sizes; NAME_K is 1 where the scalar `name` has an element a row, 0 where one serves all; ALIGN divides where every row
-begins. Any pointer that is documented as "or None" is left out by compilation. Nothing here allocates or adds
-atomically: sums are taken in an order that depends on the sizes alone. No kernel reads a scalar that another program of
-it writes.
+Shapes: K rows (1 for tensors without them) of P elements, contiguous. Arguments in capitals are sizes or compile-time
+constants; NAME_K is 1 where the scalar `name` has an element a row, 0 where one serves all; ALIGN divides where every
+row begins. Any pointer that is documented as "or None" is left out by compilation. Nothing here allocates or adds
+atomically: sums are taken in an order that depends on the sizes alone. No kernel reads a scalar that another program
+of it writes.
 """
 
 import triton
@@ -48,10 +48,7 @@ def _factor(factor, scale, SCALE_K: tl.constexpr):
 @triton.jit
 def _read(pointers, mask):
     """In fp32; 0 outside."""
-    if mask is None:
-        values = tl.load(pointers)
-    else:
-        values = tl.load(pointers, mask=mask, other=0)
+    values = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
     return values.to(tl.float32)
 
 

@@ -37,8 +37,8 @@ def flat_norm(
 ) -> None:
     """What `oracle.flat_norm` says, by a kernel a segment and one for the scalars.
 
-    The same bits each time: sums of squares are added in an order that depends on the sizes alone. Raises ValueError for
-    what does not fit, or with the reason of `flat_optimizer_supported`.
+    The same bits each time: sums of squares are added in an order that depends on the sizes alone. Raises ValueError
+    for what does not fit, or with the reason of `flat_optimizer_supported`.
     """
     check_norm(gradients, scale, max_norm, live, step, out)
     segments = [(f"gradients[{k}]", g, FLOATS) for k, g in enumerate(gradients)]
@@ -72,9 +72,7 @@ def sgd_step(
     _, reason = flat_optimizer_supported(weights, gradients, low)
     scalars = (("weights", weights, _FP32), ("buffer", buffer, _FP32), ("lr", lr, _FP32), ("scale", scale, _FP32))
     _demand("sgd_step", reason or refusal(scalars) or _of(control))
-    sgd_launch(
-        weights, gradients, buffer, lr, momentum, weight_decay, nesterov, low, scale, live, control, zero
-    ).run()
+    sgd_launch(weights, gradients, buffer, lr, momentum, weight_decay, nesterov, low, scale, live, control, zero).run()
 
 
 def adamw_step(
@@ -104,9 +102,7 @@ def adamw_step(
     state = [(name, t, kinds if "absmax" not in name else _FP32) for name, t in moments._asdict().items()]
     scalars = [("step", step, _COUNTS), ("lr", lr, _FP32), ("scale", scale, _FP32)]
     _demand("adamw_step", reason or refusal([*state, *scalars]) or _of(control))
-    adamw_launch(
-        weights, gradients, moments, step, lr, betas, eps, weight_decay, low, scale, live, control, zero
-    ).run()
+    adamw_launch(weights, gradients, moments, step, lr, betas, eps, weight_decay, low, scale, live, control, zero).run()
 
 
 def flat_optimizer_supported(

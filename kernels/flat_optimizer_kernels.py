@@ -86,8 +86,8 @@ def sgd_kernel(
 def _correction(step, LOG_BETA):
     """1 − βᵗ as −expm1(t log β): by its series near 0, where 1 − exp would cancel."""
     x = step * LOG_BETA
-    series = 1.0 + x * 0.0
-    for k in tl.static_range(9, 1, -1):
+    series = 1.0 + x / 9
+    for k in tl.static_range(8, 1, -1):
         series = 1.0 + x / k * series
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
@@ -118,7 +118,7 @@ def _relative(values):
 
 @triton.jit
 def _encode(relative, noise, below, LOWEST: tl.constexpr, TOP: tl.constexpr):
-    """The code of `_decode`, rounded up with the chance that 20 bits of noise give; `below` is that of less than LOWEST."""
+    """The code of `_decode`, rounded up by the chance that 20 bits of noise give; `below`: that of less than LOWEST."""
     code = ((relative.to(tl.int32, bitcast=True) + noise) >> 20) - (1016 - TOP)
     return tl.where(relative < LOWEST, below.to(tl.int32), tl.minimum(code, TOP))
 
@@ -212,7 +212,9 @@ def adamw_kernel(
         one, two = _correction(t.to(tl.float32), LOG_BETA1), _correction(t.to(tl.float32), LOG_BETA2)
         i = t.to(tl.int32)
         if start + BLOCK <= P:
-            _adamw(w, g, m, v, a, b, c, None, None, tile, i, times, rate, one, two, BETA1, BETA2, EPS, WEIGHT_DECAY, ZERO)
+            _adamw(
+                w, g, m, v, a, b, c, None, None, tile, i, times, rate, one, two, BETA1, BETA2, EPS, WEIGHT_DECAY, ZERO
+            )
         else:
             inside, real = tile < P, block < blocks
             _adamw(

@@ -35,9 +35,9 @@ def norm_launches(
         first += programs
     block, warps = _norms.CONTROL_TILE
     results = {"norm": out.norm, "found_inf": out.found_inf, "factor": out.factor, "step": step}
-    constants = {"SCALE_K": _a_row(scale), "MAX_NORM": max_norm or 0.0, "BLOCK": block}
+    verdict: dict[str, Any] = {"SCALE_K": _a_row(scale), "MAX_NORM": max_norm or 0.0, "BLOCK": block}
     sizes = {"PARTS": total}
-    launches.append(Launch(_norms.control_kernel, (1, rows), {**shared, **results}, constants, sizes, warps, 1))
+    launches.append(Launch(_norms.control_kernel, (1, rows), {**shared, **results}, verdict, sizes, warps, 1))
     return launches
 
 
@@ -61,9 +61,7 @@ def sgd_launch(
     constants = {"LR_K": _a_row(lr), "SCALE_K": _a_row(scale)}
     numbers = {"MOMENTUM": momentum, "WEIGHT_DECAY": weight_decay, "NESTEROV": nesterov, "ZERO": zero}
     tile = _kernels.SGD_TILE
-    return _update(
-        _kernels.sgd_kernel, weights, gradients, low, live, control, tensors, {**constants, **numbers}, tile
-    )
+    return _update(_kernels.sgd_kernel, weights, gradients, low, live, control, tensors, {**constants, **numbers}, tile)
 
 
 def adamw_launch(

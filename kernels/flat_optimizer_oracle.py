@@ -61,8 +61,9 @@ def sgd_step(
 ) -> None:
     """One step of torch.optim.SGD (dampening 0), on the gradients unscaled and, with `control`, clipped.
 
-    Rows that are not live, and rows that `control` found not finite, keep weights, buffer and low copy to the bit; their
-    gradients are zeroed like all others. Raises ValueError for shapes, devices, dtypes or numbers that do not fit.
+    Rows that are not live, and rows that `control` found not finite, keep weights, buffer and low copy to the bit;
+    their gradients are zeroed like all others. Raises ValueError for shapes, devices, dtypes or numbers that do not
+    fit.
     """
     check_sgd(weights, gradients, buffer, lr, momentum, nesterov, low, scale, live, control)
     going = _going(live, control)
@@ -112,10 +113,10 @@ def adamw_step(
     rate = _column(lr).to(weights.dtype)
     update = first / ((second / correction2).sqrt() + eps)
     _put(weights, weights * (1 - rate * weight_decay) - rate / correction1 * update, going)
-    made = encoded(first, second, step) if quantized else (first, second)
-    for kept, new in zip(moments, made, strict=False):
-        assert kept is not None
-        _put(kept, new, going)
+    made = encoded(first, second, step) if quantized else Moments(first, second)
+    for kept, new in zip(moments, made, strict=True):
+        if kept is not None and new is not None:
+            _put(kept, new, going)
     _finish(weights, gradients, low, going, zero)
 
 
@@ -135,7 +136,7 @@ def decoded(moments: Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def encoded(first: Tensor, second: Tensor, step: Tensor) -> Moments:
-    """Both moments in the code of `decoded`, rounded up or down at random, but reproducibly: by a hash of (element, step).
+    """Both moments in the code of `decoded`, rounded at random but reproducibly: by a hash of (element, step).
 
     Rounding to nearest would lose every change of less than 1/16: with β₂ = 0.999 a second moment would not grow before
     the squared gradient is 63 times as large. At random, the average is right. What is below the lowest code becomes 0
@@ -149,7 +150,7 @@ def encoded(first: Tensor, second: Tensor, step: Tensor) -> Moments:
     vanishing = (m * (2**20 / _lowest(127)) > high).to(torch.uint8)
     m_code = _code(m, high, 127).where(m >= _lowest(127), vanishing)
     v_code = _code(v, low, 255).where(v >= _lowest(255), (second > 0).to(torch.uint8))
-    return Moments(m_code + 128 * (first < 0), v_code, first_absmax, second_absmax)
+    return Moments(m_code | ((first < 0).to(torch.uint8) << 7), v_code, first_absmax, second_absmax)
 
 
 def _relative(values: Tensor) -> tuple[Tensor, Tensor]:

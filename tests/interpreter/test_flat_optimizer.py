@@ -1,5 +1,6 @@
 """The flat optimizer's kernels in Triton's interpreter, against the fp64 oracle; known bugs put into them."""
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable
@@ -23,20 +24,20 @@ _count = itertools.count()
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, SGD])
 def test_sgd(options: dict[str, Any]) -> None:
     check(options=options)
-    check((3, 260), options, gradient=BF16, norm=1.0, live=True, wrong=True)
+    check((2, 260), options, gradient=BF16, norm=1.0, live=True, wrong=True)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("options", [{"weight_decay": 0.0}, {"betas": (0.0, 0.9), "eps": 1e-3}, ADAMW])
 def test_adamw(options: dict[str, Any], bits: int) -> None:
     check(options=options, bits=bits)
-    check((3, 260), options, bits, gradient=FP16, norm=1.0, live=True, wrong=True)
+    check((2, 260), options, bits, gradient=FP16, norm=1.0, live=True, wrong=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    rows=st.sampled_from([None, 1, 2, 3]),
-    size=st.one_of(st.sampled_from([1, 255, 256, 257, 2048, 4100]), st.integers(1, 3000)),
+    rows=st.sampled_from([None, 1, 2]),
+    size=st.one_of(st.sampled_from([1, 255, 256, 257, 2048]), st.integers(1, 2500)),
     bits=st.sampled_from([0, 32, 8]),
     gradient=st.sampled_from([FP32, FP16, BF16]),
     scale=st.sampled_from([1.0, 3.0, 1024.0]),
@@ -46,20 +47,25 @@ def test_adamw(options: dict[str, Any], bits: int) -> None:
 )
 def test_any_size_and_options(rows: int | None, size: int, bits: int, live: bool, wrong: bool, **how: Any) -> None:
     shape = (size,) if rows is None else (rows, size)
-    options = {"zero": True, **(ADAMW if bits else SGD)}
-    check(shape, options, bits, live=live and rows is not None, wrong=wrong and how["norm"] is not None, **how)
+    check(
+        shape,
+        ADAMW if bits else SGD,
+        bits,
+        live=live and rows is not None,
+        wrong=wrong and how["norm"] is not None,
+        **how,
+    )
 
 
 @pytest.mark.parametrize("bits", [0, 32, 8])
 def test_two_runs_give_the_same_bits(bits: int) -> None:
-    runs = [check((2, 2500), ADAMW if bits else SGD, bits, norm=1.0).tensors(True) for _ in range(2)]
+    runs = [check((2, 1100), ADAMW if bits else SGD, bits, norm=1.0).tensors(True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
 
 
 def test_norm_of_more_blocks_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (flat_optimizer_launch, Control.empty.__func__.__globals__["partials_shape"]):
-        monkeypatch.setitem(getattr(module, "__globals__", vars(module)), "NORM_BLOCK", 64)
-    monkeypatch.setitem(Control.empty.__func__.__globals__, "NORM_PROGRAMS", 3)
+    for name, value in (("state.NORM_BLOCK", 64), ("launch.NORM_BLOCK", 64), ("state.NORM_PROGRAMS", 3)):
+        monkeypatch.setattr(f"fedmoe.kernels.flat_optimizer_{name}", value)
     g = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     control = Control.empty([g])
     assert control.partials.shape == (2, 3)
@@ -101,6 +107,11 @@ def clipped() -> None:
 
 def skipped() -> None:
     check((2, 260), norm=0.0, live=True, wrong=True)
+
+
+@functools.cache
+def passes(checked: Callable[[], None]) -> None:
+    checked()
 
 
 UPDATES, NORMS = flat_optimizer_kernels, flat_norm_kernels
@@ -151,7 +162,7 @@ BUGS: dict[str, tuple[ModuleType, str, str, Callable[[], None]]] = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_noticed(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, right, wrong, checked = BUGS[bug]
-    checked()
+    passes(checked)
     assert Path(str(module.__file__)).read_text().count(right) == 1
     loaded = {}
     name = f"planted_{next(_count)}"
