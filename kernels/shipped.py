@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels import accumulate, gather
+from fedmoe.kernels import flat_optimizer_shipped as optimizer
 from fedmoe.kernels import gated_head_launch as head
 from fedmoe.kernels import gated_lm_head_launch as lm_head
 from fedmoe.kernels import gated_mix as mix
@@ -35,7 +36,8 @@ def shipped() -> Iterator[Shipped]:
             yield from _lm_heads(getattr(torch, dtype), width, classes, full, breadth)
         for kind in (torch.bfloat16, torch.float32):
             yield from _mixes(kind)
-        yield from (Shipped(*made, False, 0) for made in (*gather.shipped(), *accumulate.shipped()))
+        for made in (*gather.shipped(), *accumulate.shipped(), *optimizer.shipped()):
+            yield Shipped(*made, False, 0)
 
 
 def _heads(dtype: torch.dtype, width: int, classes: int, full: bool, rows: int = 64) -> Iterator[Shipped]:

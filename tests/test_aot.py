@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot 
 
 OFFSETS = re.compile(r"tt\.addptr .*[ x](i\d+)>? ")
 ALL = list(shipped())
+WIDE = [made for made in ALL if made.kernel.startswith("flat_optimizer") and "control" not in made.kernel]
 FIRST = list({made.kernel: made for made in reversed(ALL)}.values())
 
 
@@ -31,3 +32,10 @@ def test_shipped(arch: int, made: Shipped) -> None:
     assert max(got.copies, default=0) >= made.copy
     offsets = OFFSETS.findall(got.ttir)
     assert "i64" in offsets or not offsets, "row offsets in 32 bits overflow from 2³¹ elements on"
+
+
+@pytest.mark.parametrize("made", WIDE, ids=lambda made: f"{made.kernel} {made.configuration}")
+def test_flat_tensors_are_moved_128_bits_at_a_time(made: Shipped) -> None:
+    ptx = compiled(made.launch, 90).ptx
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx or "norm" in made.kernel
