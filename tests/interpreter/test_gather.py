@@ -1,7 +1,5 @@
 """The gather-augment-normalize kernel in Triton's interpreter: the oracle's bits, every layout, and planted bugs."""
 
-import importlib.util
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from fedmoe.kernels.gather import gather_augment, gather_augment_step, gather_au
 from fedmoe.kernels.gather_oracle import gather_augment as plain
 from tests.heads import assert_within_rule
 from tests.images import Batch, assert_same, batch
+from tests.planted import planted
 
 FP32, FP16 = torch.float32, torch.float16
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 5, 9), (1, 1, 1), (2, 33, 17), (4, 1, 7)]
-_count = itertools.count()
 
 
 def check(operands: Batch, dtype: torch.dtype = FP32, channels_last: bool = False) -> None:
@@ -227,14 +225,6 @@ def test_a_planted_bug_is_noticed(bug: str, tmp_path: Path, monkeypatch: pytest.
     operands = Batch(images[:8], labels[:8], indices % 9, *others)  # type: ignore[arg-type]
     check(operands)
     right, wrong = BUGS[bug]
-    source = Path(gather_kernels.__file__).read_text()
-    assert source.count(right) == 1
-    path = tmp_path / "kernels.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(f"planted_gather_{next(_count)}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(gather, "_kernels", module)
+    monkeypatch.setattr(gather, "_kernels", planted(gather_kernels, right, wrong, tmp_path))
     with pytest.raises(AssertionError, match="values are different"):
         check(operands)
