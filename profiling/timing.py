@@ -33,7 +33,7 @@ class Limits:
 
 
 CPU = Limits(warm_seconds=0.05, seconds=0.2, min_rounds=5, max_rounds=30)
-GPU = Limits(warm_seconds=3.0, seconds=10.0, min_rounds=10, max_rounds=200)
+GPU = Limits(warm_seconds=3.0, seconds=5.0, min_rounds=10, max_rounds=100)
 
 
 @dataclass(slots=True)
