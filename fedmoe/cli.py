@@ -95,6 +95,13 @@ def _parser() -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
     evaluate.set_defaults(act=_evaluate, parser=evaluate)
 
+    bench = commands.add_parser("bench", help="time the kernels against what else there is")
+    bench.add_argument("suite", nargs="?", metavar="SUITE", help="only this suite: kernels")
+    bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure and the environment there")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    bench.set_defaults(act=_bench, parser=bench)
+
     doctor = commands.add_parser("doctor", help="show what this machine has and what it enables")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(act=_doctor, parser=doctor)
@@ -125,6 +132,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from fedmoe.run import evaluate
 
     evaluate(args.run, args.clients, args.aggregated, args.json)
+
+
+def _bench(args: argparse.Namespace, rest: list[str]) -> int:
+    from fedmoe import bench
+
+    return bench.run(args.suite, args.only, args.json, args.markdown)
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

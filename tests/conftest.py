@@ -13,6 +13,11 @@ from tests.support import Command, Done, begin
 CPU = torch.device("cpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing is timed unless that is asked for (--benchmark-only, --benchmark-enable): tests run on busy machines."""
+    config.option.benchmark_disable = not config.getoption("benchmark_only", False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Small models are fastest on one thread, and equality is then independent of the machine's load."""

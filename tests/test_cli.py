@@ -64,7 +64,7 @@ def test_help_lists_commands_and_every_field(fedmoe: Fedmoe) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedmoe", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("train", "resume", "eval", "doctor"):
+    for command in ("train", "resume", "eval", "bench", "doctor"):
         assert f"\n    {command} " in done.stdout
 
 

@@ -1,0 +1,235 @@
+"""Times callables against each other: interleaved, on a GPU without the gaps of a starved stream."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+LAP_SECONDS = 2e-3
+"""What a lap should take: thousands of times the resolution of the clock (CUDA events: 0.5 µs)."""
+MOST_CALLS = 20
+"""Calls in a lap on a GPU: 30 kernels each, as in an eager step, are then 600 of the 1024 that a stream can queue."""
+CYCLES = 2e9
+"""A second, in what `torch.cuda._sleep` counts; at a lower clock it holds the stream back for longer, which is safe."""
+SHORTEST_HOLD, LONGEST_HOLD = 2e-4, 0.1
+GAPS = "waits for the GPU itself: its gaps are timed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long to go on."""
+
+    warm_seconds: float
+    """Warm-up ends when every variant is steady, or after this."""
+    seconds: float
+    """No new round begins after this, once there are `min_rounds`."""
+    min_rounds: int
+    max_rounds: int
+
+
+CPU = Limits(warm_seconds=0.05, seconds=0.2, min_rounds=5, max_rounds=30)
+GPU = Limits(warm_seconds=3.0, seconds=5.0, min_rounds=10, max_rounds=100)
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds a call took, an entry for each lap."""
+
+    calls: int = 1
+    """Calls in a lap."""
+    seconds: list[float] = field(default_factory=list)
+    """On a GPU its time there, by events, with the work queued in advance; on a CPU the time of the call."""
+    called: list[float] = field(default_factory=list)
+    """On a GPU also what calls back to back take as the host makes them, launches included; empty on a CPU."""
+    note: str = ""
+
+
+class Watch(Protocol):
+    """Times one callable."""
+
+    times: Times
+
+    def lap(self) -> None:
+        """Take the time of some calls, and keep it."""
+
+
+class HostWatch:
+    """By the host's clock: for work that is done when the call returns."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        once = self._seconds(1)
+        self.times = Times(max(1, min(1000, int(LAP_SECONDS / max(once, 1e-9)))))
+
+    def lap(self) -> None:
+        """Take the time of some calls, and keep it."""
+        self.times.seconds.append(self._seconds(self.times.calls))
+
+    def _seconds(self, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            self._call()
+        return (time.perf_counter() - start) / calls
+
+
+class DeviceWatch:
+    """By CUDA events, on the current stream.
+
+    The stream is held back while the host queues a lap, so that the device finds its work waiting: between two events
+    around a starved stream lies the host's time and not the kernels'. What the host takes is measured apart.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.times = Times(1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        self._queued = time.perf_counter() - start
+        torch.cuda.synchronize()
+        self.times.calls = max(1, min(MOST_CALLS, int(LAP_SECONDS / (time.perf_counter() - start))))
+        self._hold = self._first_hold()
+
+    def lap(self) -> None:
+        """Take the time of some calls, and keep it."""
+        seconds, held = self._on_device()
+        while not held and not self.times.note:
+            if self._hold < LONGEST_HOLD:
+                self._hold = min(4 * self._hold, LONGEST_HOLD)
+            elif self.times.calls > 1:  # more kernels than a stream queues: there the host waits
+                self.times.calls = 1
+                self._hold = self._first_hold()
+            else:
+                self.times.note, self._hold = GAPS, 0.0
+            seconds, held = self._on_device()
+        self.times.seconds.append(seconds)
+        self.times.called.append(self._as_called())
+
+    def _first_hold(self) -> float:
+        """Twice what the host took to queue a lap; no more than need be, for a device that idles clocks higher."""
+        return min(max(2 * self._queued * self.times.calls, SHORTEST_HOLD), LONGEST_HOLD)
+
+    def _on_device(self) -> tuple[float, bool]:
+        """Seconds a call, and whether everything was queued before the device began with it."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self._hold * CYCLES))
+        self._start.record()
+        for _ in range(self.times.calls):
+            self._call()
+        self._end.record()
+        held = not self._start.query()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3 / self.times.calls, held
+
+    def _as_called(self) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(self.times.calls):
+            self._call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / self.times.calls
+
+
+def interleave(
+    calls: Mapping[str, Call], device: torch.device, limits: Limits | None = None
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Times by name, and why those that are missing failed; every round takes a lap of each, in the order given."""
+    limits = limits or (GPU if device.type == "cuda" else CPU)
+    watches: dict[str, Watch] = {}
+    failed: dict[str, str] = {}
+
+    def attempt(name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # whatever a foreign baseline throws, the others are still timed
+            failed[name] = reason(error)
+            watches.pop(name, None)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # out of memory is the likeliest
+
+    def laps() -> None:
+        for name, watch in list(watches.items()):
+            attempt(name, watch.lap)
+
+    for name, call in calls.items():
+        attempt(name, lambda name=name, call=call: watches.update({name: _watch(call, device)}))  # type: ignore[misc]
+    start = time.perf_counter()
+    while time.perf_counter() - start < limits.warm_seconds:
+        laps()
+        if all(steady(watch.times.seconds) for watch in watches.values()):
+            break
+    for watch in watches.values():
+        watch.times.seconds.clear()
+        watch.times.called.clear()
+    start = time.perf_counter()
+    for done in range(limits.max_rounds):
+        if done >= limits.min_rounds and time.perf_counter() - start > limits.seconds:
+            break
+        laps()
+    return {name: watch.times for name, watch in watches.items()}, failed
+
+
+def steady(seconds: list[float], laps: int = 3, within: float = 0.03) -> bool:
+    """Whether the last laps took what those before them did: clocks have settled, nothing is compiled any more."""
+    if len(seconds) < 2 * laps:
+        return False
+    before, now = statistics.median(seconds[-2 * laps : -laps]), statistics.median(seconds[-laps:])
+    return abs(now - before) <= within * before
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, of a length that a table takes."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+    return text if len(text) <= 160 else text[:159] + "…"
+
+
+def memory(call: Call, device: torch.device) -> tuple[int, int] | None:
+    """Bytes that a call has at its peak, above those before it, and bytes that its results keep; None on a CPU.
+
+    Call it after a first call, whose compilers, libraries and autotuners allocate for themselves.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = call()
+    torch.cuda.synchronize(device)
+    kept = torch.cuda.memory_allocated(device) - before
+    del results
+    return torch.cuda.max_memory_allocated(device) - before, kept
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float] | None:
+    """Bytes and FLOPs a second that this device reaches: a large copy, and a large product; None on a CPU.
+
+    Measured, because a data sheet's numbers are those of clocks that no real load keeps.
+    """
+    if device.type != "cuda":
+        return None
+    if (dtype, device) not in _ceilings:
+        source = torch.empty(2**28, dtype=torch.int32, device=device)  # 1 GiB: far more than any cache
+        target = torch.empty_like(source)
+        a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))  # zeros would flatter the clocks
+        out = torch.empty_like(a)
+        limits = Limits(warm_seconds=1.0, seconds=1.0, min_rounds=5, max_rounds=50)
+        works = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+        times, failed = interleave(works, device, limits)
+        assert not failed, failed
+        copy, product = (statistics.median(times[name].seconds) for name in works)
+        _ceilings[dtype, device] = 2 * source.nbytes / copy, 2 * 8192**3 / product
+    return _ceilings[dtype, device]
+
+
+_ceilings: dict[tuple[torch.dtype, torch.device], tuple[float, float]] = {}
+
+
+def _watch(call: Call, device: torch.device) -> Watch:
+    return DeviceWatch(call) if device.type == "cuda" else HostWatch(call)

@@ -1,0 +1,282 @@
+"""The benchmark instrument: how it times, on a simulated GPU too; what it refuses, and what `fedmoe bench` writes."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fedmoe import bench
+from fedmoe.errors import UsageError, UserError
+from fedmoe.profiling import timing
+from fedmoe.profiling.bench import PROPERTY, Absent, Bench, Floor, Unavailable, _row, attempt
+from fedmoe.profiling.timing import GAPS, DeviceWatch, Limits, Times, interleave, memory, steady
+from tests.support import ROOT
+
+CPU = torch.device("cpu")
+THREE = Limits(warm_seconds=0, seconds=0, min_rounds=3, max_rounds=3)
+
+SAMPLE = """
+import torch
+from fedmoe.profiling.bench import Absent, Floor, sizes
+
+@sizes("size", full=[4096], tiny=[3])
+def test_good(gpu_benchmark, size):
+    def missing():
+        raise RuntimeError("no such | kernel")
+    x = torch.ones(size)
+    gpu_benchmark(
+        {"first": lambda: x + x, "second": lambda: 2 * x, "third": Absent("not built"), "fourth": missing},
+        floor=Floor(bytes=8 * size, flops=0, dtype=x.dtype),
+        check=torch.testing.assert_close,
+    )
+
+def test_wrong(gpu_benchmark):
+    def check(expected, actual):
+        assert expected == actual, "not the same"
+    gpu_benchmark({"first": lambda: 1, "astray": lambda: 2}, check=check)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A project with one suite, `sample`, of a good and a wrong benchmark."""
+    folder = tmp_path / "tests" / "bench"
+    folder.mkdir(parents=True)
+    names = "gpu_benchmark, pytest_collection_modifyitems, pytest_generate_tests"
+    (folder / "conftest.py").write_text(f"from fedmoe.profiling.bench import {names}\n")
+    (folder / "test_sample_one.py").write_text(SAMPLE)
+    return tmp_path
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times, failed = interleave(calls, CPU, THREE)
+    turns = [name for name, _ in itertools.groupby(order)]
+    assert turns == ["a", "b", "c"] * 4  # once to see how long it takes, then three rounds
+    assert not failed and [len(t.seconds) for t in times.values()] == [3, 3, 3]
+    assert not any(t.called for t in times.values())
+
+
+def test_variant_that_fails_later_is_named_and_others_go_on() -> None:
+    left = [3]
+
+    def tires() -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError("out of it\nin many lines")
+
+    times, failed = interleave({"tires": tires, "lasts": lambda: None}, CPU, THREE)
+    assert failed == {"tires": "MemoryError: out of it"}
+    assert list(times) == ["lasts"]
+
+
+def test_steady() -> None:
+    assert not steady([1.0] * 5)
+    assert steady([9.0, 1.0, 1.0, 1.0, 1.01, 1.0, 1.0])
+    assert not steady([2.0, 2.0, 2.0, 1.0, 1.0, 1.0])
+
+
+def test_row_has_median_and_shares() -> None:
+    times = Times(calls=7, seconds=[1.0, 2.0, 9.0], called=[3.0, 5.0, 4.0])
+    floor = Floor(bytes=4 * 10**9, flops=6 * 10**12, dtype=torch.float32)
+    row = _row("x", times, floor, (8e9, 6e12))  # the bytes take half a second, the FLOPs one
+    assert (row.median, row.called, row.rounds, row.calls) == (2.0, 4.0, 3, 7)
+    assert (row.gb_per_s, row.tflop_per_s, row.floor_share) == (2.0, 3.0, 0.5)
+    assert _row("x", times, floor, None).floor_share is None
+    assert _row("x", times, None, None).gb_per_s is None
+
+
+def test_memory_of_a_cpu_is_not_known() -> None:
+    assert memory(lambda: torch.zeros(1000), CPU) is None
+
+
+class Gpu:
+    """A host and a GPU with clocks of their own: work that is queued begins when both are ready."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = gpu.device = max(gpu.host, gpu.device)
+
+            def query(self) -> bool:
+                return gpu.host >= self.at
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, other: "Event") -> float:
+                return (other.at - self.at) * 1e3
+
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0, cycles / 2e9))
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def launch(self, queueing: float, work: float) -> None:
+        self.host += queueing
+        self.device = max(self.host, self.device) + work
+
+
+def test_gaps_of_a_starved_gpu_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    watch = DeviceWatch(lambda: gpu.launch(100e-6, 20e-6))
+    watch.lap()
+    assert watch.times.seconds == pytest.approx([20e-6])
+    assert watch.times.called == pytest.approx([101e-6], rel=0.01)  # the last one's work is not hidden
+    assert watch.times.note == ""
+
+
+def test_host_that_falters_is_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, stalls = Gpu(monkeypatch), iter([0.0, 20e-3])  # the first call of the first lap stalls
+    watch = DeviceWatch(lambda: gpu.launch(100e-6 + next(stalls, 5e-3), 20e-6))
+    calls = watch.times.calls
+    watch.lap()
+    assert watch.times.seconds == pytest.approx([20e-6])
+    assert watch.times.calls == calls and watch.times.note == ""
+
+
+def test_variant_that_waits_for_the_gpu_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+
+    def reads_back() -> None:
+        gpu.launch(100e-6, 20e-6)
+        gpu.wait()
+
+    watch = DeviceWatch(reads_back)
+    watch.lap()
+    assert watch.times.note == GAPS
+    assert watch.times.seconds == pytest.approx([120e-6])
+
+
+def made(enabled: bool = False) -> tuple[Bench, list[Any]]:
+    told: list[Any] = []
+    node: Any = SimpleNamespace(user_properties=told, name="test_made")
+    return Bench(SimpleNamespace(enabled=enabled), node, full=False), told
+
+
+def test_ordinary_tests_time_nothing() -> None:
+    ours, told = made()
+    count: list[int] = []
+    rows = ours({"once": lambda: count.append(1), "absent": Absent("why")})
+    assert count == [1]
+    assert [(row.status, row.median, row.peak_bytes) for row in rows] == [("ran", None, None), ("absent", None, None)]
+    assert [name for name, _ in told] == [PROPERTY]
+
+
+def test_ordinary_tests_fail_with_a_variant_that_raises() -> None:
+    ours, told = made()
+    with pytest.raises(ZeroDivisionError):
+        ours({"breaks": lambda: 1 / 0})
+    assert told[0][1][0]["reason"] == "ZeroDivisionError: division by zero"
+
+
+def test_variant_that_differs_fails_before_anything_is_timed() -> None:
+    ours, told = made(enabled=True)  # timing would need more of pytest-benchmark than there is here
+
+    def check(expected: int, actual: int) -> None:
+        assert expected == actual, "not the same"
+
+    with pytest.raises(AssertionError, match=r"^astray differs from reference: AssertionError: not the same"):
+        ours({"yardstick": lambda: None, "reference": lambda: 1, "astray": lambda: 2}, check=check)
+    assert [row["status"] for row in told[0][1]] == ["ran", "ran", "wrong"]
+
+
+def test_attempt_says_why_not() -> None:
+    def unavailable() -> Any:
+        raise Unavailable("needs a GPU")
+
+    def broken() -> Any:
+        raise ImportError("no library")
+
+    assert attempt(unavailable) == Absent("needs a GPU")
+    assert attempt(broken) == Absent("ImportError: no library")
+
+
+def test_command_names_every_variant_everywhere(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pytest_benchmark")
+    as_json, markdown = checkout / "out.json", checkout / "out.md"
+    assert bench.run("sample", "good", as_json, markdown, checkout) == 0
+    report = json.loads(as_json.read_text())
+    assert {"gpu", "driver", "cuda", "torch", "triton", "python", "commit", "cpu"} <= set(report["environment"])
+    assert report["environment"]["torch"] == torch.__version__
+    [benchmark] = report["benchmarks"]
+    rows = {row["variant"]: row for row in benchmark["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "first": "timed",
+        "second": "timed",
+        "third": "absent",
+        "fourth": "failed",
+    }
+    assert rows["first"]["relative"] == 1 and rows["second"]["median"] > 0
+    if not torch.cuda.is_available():
+        assert report["device"] == "cpu" and benchmark["name"] == "good[3]"
+        assert rows["first"]["peak_bytes"] is None and rows["first"]["called"] is None
+    shown, page = capsys.readouterr().out, markdown.read_text()
+    for word in (*rows, "absent: not built", "failed: RuntimeError: no such"):
+        assert word in shown and word in page
+    assert "no such | kernel" in shown and "no such \\| kernel" in page
+
+
+def test_command_fails_with_a_wrong_variant(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pytest_benchmark")
+    with pytest.raises(UserError, match=r"^1 of 2 benchmarks failed: wrong: AssertionError: astray differs from first"):
+        bench.run(None, "", None, None, checkout)
+    assert "wrong: differs from first: AssertionError: not the same" in capsys.readouterr().out
+
+
+def test_command_names_a_file_that_cannot_be_read(checkout: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    (checkout / "tests" / "bench" / "test_sample_one.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(UserError, match=r"test_sample_one\.py: .*No module named 'nothing_of_that_name'"):
+        bench.run("sample", "", None, None, checkout)
+
+
+def test_what_cannot_be_run_is_one_line(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"^unknown suite 'samples', expected one of: sample$"):
+        bench.run("samples", "", None, None, checkout)
+    with pytest.raises(UserError, match=r"^there are no benchmarks in .*works in a checkout, not from a wheel$"):
+        bench.run("sample", "", None, None, tmp_path_factory.mktemp("wheel"))
+    with pytest.raises(UserError, match=r"nowhere does not exist$"):
+        bench.run("sample", "", checkout / "nowhere" / "out.json", None, checkout)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^fedmoe bench needs pytest-benchmark: pip install '.\[bench\]'$"):
+        bench.run("sample", "", None, None, checkout)
+
+
+def test_without_pytest_benchmark_they_are_skipped() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, "tests/bench/test_kernels_mix.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 skipped" in done.stdout and "needs pytest-benchmark" in done.stdout
+
+
+def test_our_variants_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they are absent otherwise, and mistakes in how they are called would wait for a GPU."""
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert bench.run("kernels", "", tmp_path / "out.json", None) == 0
+    for benchmark in json.loads((tmp_path / "out.json").read_text())["benchmarks"]:
+        if benchmark["name"].startswith(("gated_head[", "gated_mix[")):
+            status = {row["variant"]: row["status"] for row in benchmark["rows"]}
+            assert all(is_ == "timed" for name, is_ in status.items() if "graph" not in name), status
+            assert "ours" in status
