@@ -17,7 +17,7 @@ from fedmoe.kernels.flat_optimizer_state import QUANTIZED, Control, Moments, che
 def flat_norm(
     gradients: Sequence[Tensor],  # each [P] or each [K, P], of one step; any floating dtypes
     *,
-    scale: Tensor | None = None,  # [] or [K], what the gradients are multiplied by
+    scale: Tensor | None = None,  # [] or [K], the loss's, which gradients are divided by
     max_norm: float | None = None,
     live: Tensor | None = None,  # [] or [K] bool or int8
     step: Tensor | None = None,  # [] or [K] floating or int32, steps taken; in place
@@ -54,7 +54,7 @@ def sgd_step(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     low: Tensor | None = None,  # same shape, bf16 or fp16: the new weights, rounded
-    scale: Tensor | None = None,  # [] or [K], what the gradients are multiplied by; without `control` only
+    scale: Tensor | None = None,  # [] or [K], the loss's, which gradients are divided by; without `control` only
     live: Tensor | None = None,  # [] or [K] bool or int8
     control: Control | None = None,  # from flat_norm
     zero: bool = True,
@@ -89,7 +89,7 @@ def adamw_step(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     low: Tensor | None = None,  # same shape, bf16 or fp16: the new weights, rounded
-    scale: Tensor | None = None,  # [] or [K], what the gradients are multiplied by; without `control` only
+    scale: Tensor | None = None,  # [] or [K], the loss's, which gradients are divided by; without `control` only
     live: Tensor | None = None,  # [] or [K] bool or int8
     control: Control | None = None,  # from flat_norm
     zero: bool = True,
