@@ -104,6 +104,7 @@ def _parser() -> Parser:
 
     doctor = commands.add_parser("doctor", help="show what this machine has and what it enables")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--kernels", action="store_true", help="compile every kernel and show what its code takes")
     doctor.set_defaults(act=_doctor, parser=doctor)
     return parser
 
@@ -143,4 +144,4 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from fedmoe import doctor
 
-    return doctor.run(args.json)
+    return doctor.run(args.json, args.kernels)

@@ -137,6 +137,15 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Engine:
+    """How the device does the work; whatever is chosen, the numbers agree within the precision of the type."""
+
+    head: Literal["plain", "auto", "fused"] = "plain"
+    """Mix, header and loss by PyTorch's operators (`plain`), or by fused Triton kernels: where they can run (`auto`),
+    or nowhere else (`fused`, an error where they cannot)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Config:
     """A federation to train."""
 
@@ -155,6 +164,7 @@ class Config:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    engine: Engine = field(default_factory=Engine)
 
 
 NORMS = ("switch", "layer", "batch", "none")

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from fedmoe.errors import UserError
+
 PYTHON = (3, 11)
 TORCH = (2, 11)
 
@@ -41,8 +43,10 @@ def facts() -> list[Fact]:
     return found
 
 
-def run(as_json: bool) -> int:
-    """Print the facts as a table or as JSON; 0, or 1 where something required is broken."""
+def run(as_json: bool, kernels: bool = False) -> int:
+    """Print the facts, or what each kernel compiles to, as a table or JSON; 0, or 1 where something is broken."""
+    if kernels:
+        return _kernels(as_json)
     found = facts()
     if as_json:
         print(json.dumps([asdict(fact) for fact in found], indent=2, ensure_ascii=False))
@@ -68,6 +72,51 @@ def _print_table(found: list[Fact]) -> None:
     for fact in found:  # Text: what is found may contain brackets, which rich would take for markup
         table.add_row(fact.name, Text(fact.status, styles[fact.status]), Text(fact.found), Text(fact.enables))
     Console().print(table)
+
+
+def _kernels(as_json: bool) -> int:
+    """Compile every kernel in every shipped configuration for each architecture, and print what the code takes."""
+    triton, reason = _import("triton")
+    if triton is None:
+        raise UserError(
+            f"fedmoe doctor --kernels compiles with Triton, which is missing ({reason}): pip install triton"
+        )
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from fedmoe.kernels.aot import SHARED_LIMIT, compiled
+    from fedmoe.kernels.launch import INTERPRETED
+    from fedmoe.kernels.shipped import shipped
+
+    if INTERPRETED:
+        raise UserError("TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled: unset it")
+    rows = []
+    progress = Console(stderr=True)
+    for made in track(list(shipped()), "Compiling", console=progress, transient=True, disable=not progress.is_terminal):
+        for arch in SHARED_LIMIT:
+            got = compiled(made.launch, arch)
+            products = " ".join(f"{count} {name}" for name, count in got.products.items())
+            copies = f"{len(got.copies)} of {_range(got.copies)}" if got.copies else ""
+            row = {"kernel": made.kernel, "configuration": made.configuration, "sm": arch, "registers": got.registers}
+            rows.append(row | {"spilled": got.stack, "shared": got.shared, "products": products, "copies": copies})
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    heads = {"registers": "registers", "spilled": "spilled, bytes", "shared": "shared, bytes"}
+    heads |= {"products": "tensor cores", "copies": "async copies, bytes"}
+    table = Table(*(heads.get(name, name) for name in rows[0]))
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console = Console()
+    if not console.is_terminal:  # a file has no width that the table must keep
+        console.width = max(console.width, 170)
+    console.print(table)
+    return 0
+
+
+def _range(sizes: list[int]) -> str:
+    return "-".join(str(size) for size in sorted({min(sizes), max(sizes)}))
 
 
 def _python() -> Iterator[Fact]:
@@ -137,7 +186,7 @@ def _nvml() -> tuple[Fact, list[str]]:
 def _triton() -> Iterator[Fact]:
     triton, reason = _import("triton")
     found = reason if triton is None else str(triton.__version__)
-    yield Fact("Triton", "ok" if triton else "absent", found, "nothing yet: training uses plain PyTorch")
+    yield Fact("Triton", "ok" if triton else "absent", found, "fused kernels: `engine.head`, `fedmoe bench`")
 
 
 def _native() -> Iterator[Fact]:

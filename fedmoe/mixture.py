@@ -16,7 +16,7 @@ from fedmoe.engine.seam import Payload, Schema, TensorSpec
 from fedmoe.engine.seeds import derive, globals_kept, seed_globals
 from fedmoe.errors import UserError
 from fedmoe.gate import Gate
-from fedmoe.kernels.oracle import gated_mix
+from fedmoe.kernels import gated_head, gated_mix, oracle
 
 Made = TypeVar("Made")
 
@@ -42,11 +42,15 @@ class StaticGate(nn.Module):
 class Mixture(nn.Module):
     """One client's model (arXiv 2402.01350, section 3): R = a_g global(x) + a_l local(x), logits = header(R).
 
-    With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`.
+    With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`. `head` is as
+    in the configuration (`engine.head`).
     """
 
-    def __init__(self, global_expert: nn.Module | None, local: experts.Split, gate: nn.Module | None) -> None:
+    def __init__(
+        self, global_expert: nn.Module | None, local: experts.Split, gate: nn.Module | None, head: str = "plain"
+    ) -> None:
         super().__init__()
+        self.head = head
         assert (global_expert is None) == (gate is None)
         if global_expert is not None and gate is not None:
             self.global_expert = global_expert
@@ -61,14 +65,21 @@ class Mixture(nn.Module):
 
     def logits(self, outputs: Outputs) -> Tensor:
         """Branch outputs -> logits [B, C]."""
-        mixed = (
-            gated_mix(outputs["global"], outputs["local"], outputs["gate"]) if "gate" in outputs else outputs["local"]
-        )
+        mixed = outputs["local"]
+        if "gate" in outputs:
+            operands = outputs["global"], outputs["local"], outputs["gate"]
+            fused = _takes(self.head, gated_mix.gated_mix_supported, *operands)
+            mixed = gated_mix.gated_mix(*operands) if fused else oracle.gated_mix(*operands)
         out: Tensor = self.header(mixed)
         return out
 
     def join(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Branch outputs and targets [B] -> (mean cross-entropy [], correct predictions [])."""
+        header = self.header
+        if "gate" in outputs and isinstance(header, nn.Linear) and _only_linear(header):
+            operands = outputs["global"], outputs["local"], outputs["gate"], header.weight, header.bias, targets
+            if _takes(self.head, gated_head.gated_head_supported, *operands):
+                return gated_head.gated_head(*operands)
         logits = self.logits(outputs)
         return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).sum()
 
@@ -105,7 +116,7 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
     name = config.model.local[client % len(config.model.local)]
     local = _seeded(config.seed, "init/local", client, lambda: experts.build(name, shape, classes))
     if config.method == "local":
-        return Mixture(None, local, None)
+        return Mixture(None, local, None, config.engine.head)
     shared = build_global(config, shape, classes)
     ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
     if ours != theirs:
@@ -117,7 +128,7 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
     if config.method == "fedmoe":
         features = math.prod(shape)
         gate = _seeded(config.seed, "init/gate", client, lambda: Gate(features, config.gate.hidden, config.gate.norm))
-    return Mixture(shared, local, gate)
+    return Mixture(shared, local, gate, config.engine.head)
 
 
 def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -162,6 +173,7 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classe
     here, before anything is written.
     """
     model = copy.deepcopy(model)
+    model.head = "plain"  # the kernels do not run on the CPU, where this is
     before = _tensors(model)
     for module in model.modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -181,6 +193,28 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classe
         raise UserError(
             f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"
         )
+
+
+def check_head(config: Config, device: torch.device) -> None:
+    """Raise UserError where `engine.head` asks for kernels that this device cannot run."""
+    one = torch.ones(1, 2, device=device)
+    _takes(config.engine.head, gated_mix.gated_mix_supported, one, one, one)
+
+
+def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Tensor | None) -> bool:
+    """Whether kernels do it; UserError where they must and cannot."""
+    if head == "plain":
+        return False
+    able, why = supported(*operands)
+    if head == "fused" and not able:
+        raise UserError(f'engine.head is "fused", but the kernels cannot run: {why}; choose "auto" or "plain"')
+    return able
+
+
+def _only_linear(header: nn.Linear) -> bool:
+    """Whether nothing is attached to a linear layer that kernels would skip: hooks, or what a subclass does."""
+    attached = header._forward_hooks or header._forward_pre_hooks or header._backward_hooks
+    return type(header) is nn.Linear and not attached
 
 
 def _tensors(model: nn.Module) -> dict[str, str]:

@@ -44,6 +44,7 @@ def train(config: Config) -> Path:
     if folder.is_dir():  # the run may be resumed from another working directory
         config = replace(config, data=replace(config.data, name=str(folder.resolve())))
     device = _prepare(config, config.run.threads)
+    mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
     n, classes = config.federation.clients, len(dataset.classes)
     with warnings.catch_warnings(record=True) as caught:

@@ -65,7 +65,7 @@ def compiled(call: Launch, arch: int) -> Compiled:
     binary = triton.compile(
         ASTSource(call.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": call.warps, "num_stages": call.stages},
+        options=call.options,
     )
     return Compiled(*_resources(binary.asm["cubin"]), binary.metadata.shared, binary.asm["ttir"], binary.asm["ptx"])
 

@@ -27,9 +27,12 @@ class Launch(NamedTuple):
         """Enqueue it on the current stream of the tensors' device."""
         device = next(t.device for t in self.tensors.values() if t is not None)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](
-                **self.tensors, **self.constants, **self.sizes, num_warps=self.warps, num_stages=self.stages
-            )
+            self.kernel[self.grid](**self.tensors, **self.constants, **self.sizes, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's. Products fused with sums are named: their default differs between Triton's versions."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def load(name: str) -> ModuleType | None:

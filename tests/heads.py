@@ -100,7 +100,7 @@ def check(
     """Both entries, values and gradients; `reduction="none"` with an upstream gradient of its own for each row."""
     assert given[0] is not None
     dtype = given[0].dtype
-    upstream = torch.linspace(-1, 2, len(targets)) if reduction == "none" else torch.tensor(scale)
+    upstream = (torch.linspace(-1, 2, len(targets)) if reduction == "none" else torch.tensor(scale)).to(targets.device)
     arguments = {"reduction": reduction, **options}
     exact, count = differentiated(head.plain, given, targets, torch.float64, upstream, **arguments)
     plain, _ = differentiated(head.plain, given, targets, dtype, upstream, **arguments)
@@ -133,8 +133,8 @@ def check_step(
     like = [g.float() if k >= 4 else g for k, g in enumerate(plain)]  # d_weight, d_bias
     like[0] = like[0].float()
     buffers = [torch.full_like(t, before, memory_format=torch.contiguous_format) for t in like]
-    correct = torch.tensor(7)
-    denominator = torch.ones(())
+    correct = torch.tensor(7, device=targets.device)
+    denominator = torch.ones((), device=targets.device)
     if reduction == "mean":
         keys = {k: options[k] for k in (head.weights, "ignore_index") if k in options}
         denominator = head.denominator(targets, **keys)
@@ -142,13 +142,13 @@ def check_step(
     head.step(
         *given,
         targets,
-        scale=torch.tensor(scale),
+        scale=torch.tensor(scale, device=targets.device),
         denominator=denominator,
         loss=buffers[0],
         correct=correct,
         gradients=gradients,
         accumulate=("loss", "correct", *NAMES[1:]) if accumulate else (),
-        scratch=None if slab_bytes is None else Scratch.empty(given[0], len(given[3]), slab_bytes),
+        **({} if slab_bytes is None else {"scratch": Scratch.empty(given[0], len(given[3]), slab_bytes)}),
         **options,
     )
     base = before if accumulate else 0.0

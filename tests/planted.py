@@ -8,10 +8,12 @@ from types import ModuleType
 _count = itertools.count()
 
 
-def planted(module: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
-    """A copy of `module`, written to `folder`, with the one place that reads `right` changed to `wrong`."""
+def planted(module: ModuleType, right: str, wrong: str, folder: Path, everywhere: bool = False) -> ModuleType:
+    """A copy of `module`, written to `folder`, whose one place (or each) that reads `right` is changed to `wrong`."""
     source = Path(str(module.__file__)).read_text()
-    assert source.count(right) == 1, f"{right!r} stands {source.count(right)} times in {module.__file__}"
+    assert source.count(right) == 1 or (everywhere and right in source), (
+        f"{right!r} stands {source.count(right)} times in {module.__file__}"
+    )
     path = folder / f"planted_{next(_count)}.py"
     path.write_text(source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location(path.stem, path)
