@@ -148,6 +148,14 @@ def test_run_folders_that_cannot_be(tmp_path: Path, fedmoe: Fedmoe, name: str, l
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_fused_head_where_kernels_cannot_run(fedmoe: Fedmoe) -> None:
+    done = fedmoe("train", *SMALL, "--engine.head=fused", "--run.device=cpu")
+    assert (done.code, done.out) == (1, "")
+    assert 'engine.head is "fused", but the kernels cannot run: ' in done.err and done.err.count("\n") == 1
+    assert fedmoe("train", *SMALL, "--engine.head=auto", "--run.dir=auto", "--run.device=cpu").code == 0
+
+
 def test_no_gpu_where_one_was_asked_for_says_what_to_do(fedmoe: Fedmoe) -> None:
     assert fedmoe("train", "--run.device=cuda").one_line().endswith('use "auto" or "cpu"')
 

@@ -10,6 +10,7 @@ import pytest
 
 import fedmoe.doctor
 from fedmoe.doctor import Fact, facts
+from fedmoe.errors import UserError
 
 CALL = "import sys; from fedmoe.cli import main; sys.exit(main(['doctor', *sys.argv[1:]]))"
 
@@ -117,3 +118,25 @@ def get_num_threads(): return 1
 def test_works_without_rich(tmp_path: Path) -> None:
     result = doctor(planted=plant(tmp_path, {"rich.py": "raise ImportError('gone')"}))
     assert result.returncode == 0 and "PyTorch" in result.stdout
+
+
+def test_kernels_are_compiled_for_each_architecture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    from fedmoe.kernels import shipped
+
+    some = [made for made in shipped.shipped() if made.kernel in ("gated_head totals", "gated_mix forward")]
+    monkeypatch.setattr(shipped, "shipped", lambda: iter(some))
+    assert fedmoe.doctor.run(True, kernels=True) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 * len(some) and {row["sm"] for row in rows} == {80, 90, 100}
+    assert all(row["registers"] > 0 and row["spilled"] == 0 for row in rows)
+    assert fedmoe.doctor.run(False, kernels=True) == 0
+    assert "gated_mix forward" in capsys.readouterr().out
+
+
+def test_kernels_without_triton_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedmoe.doctor, "_import", lambda name: (None, "not installed"))
+    with pytest.raises(UserError, match="compiles with Triton, which is missing"):
+        fedmoe.doctor.run(False, kernels=True)

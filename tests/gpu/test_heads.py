@@ -22,8 +22,8 @@ def _triton() -> None:
     pytest.importorskip("triton")
 
 
-def on_gpu(*shape: int, dtype: torch.dtype, seed: int = 0) -> tuple[Operands, torch.Tensor]:
-    given, targets = operands(*shape, dtype, seed=seed)
+def on_gpu(rows: int, width: int, classes: int, dtype: torch.dtype) -> tuple[Operands, torch.Tensor]:
+    given, targets = operands(rows, width, classes, dtype)
     return [t.cuda() for t in given], targets.cuda()
 
 
