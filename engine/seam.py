@@ -4,7 +4,7 @@ Because a job and a result hold plain numbers and tensors, the same ones fit a r
 over several, or a message of a federated transport.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -75,8 +75,11 @@ class Engine(Protocol):
         """Return every client trained since the last commit to its state at that commit."""
         ...
 
-    def changed(self) -> dict[int, State]:
-        """Copies of the states of all clients committed since this was last called, by client."""
+    def changed(self) -> Mapping[int, Callable[[], State]]:
+        """What gives the states of all clients committed since this was last called, by client.
+
+        Each may be called later and from another thread; it gives the state as it is now.
+        """
         ...
 
 

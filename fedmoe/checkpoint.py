@@ -8,6 +8,7 @@ and are removed by the next writer. A run has one from its start, before the fir
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,10 +97,11 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def submit(self, round: int, server: State, changed: dict[int, State]) -> None:
+    def submit(self, round: int, server: State, changed: Mapping[int, Callable[[], State]]) -> None:
         """Have the state after `round` written: the server's, and those clients' that changed since the last time.
 
-        The tensors must not change afterwards. Waits for the write before this one, and raises what that raised.
+        What the callables give must not change afterwards: they are called one after the other, on the writer's
+        thread. Waits for the write before this one, and raises what that raised.
         """
         self.wait()
         self._pending = self._thread.submit(self._write, round, server, changed)
@@ -113,9 +115,9 @@ class Writer:
         """End the thread, once it has written what was submitted."""
         self._thread.shutdown()
 
-    def _write(self, round: int, server: State, changed: dict[int, State]) -> None:
+    def _write(self, round: int, server: State, changed: Mapping[int, Callable[[], State]]) -> None:
         entry = write_state(self.folder, f"server.r{round}.safetensors", server)
-        new = {c: write_state(self.folder, f"client-{c}.r{round}.safetensors", s) for c, s in changed.items()}
+        new = {c: write_state(self.folder, f"client-{c}.r{round}.safetensors", s()) for c, s in changed.items()}
         self.manifest = Manifest(round, entry, dict(sorted((self.manifest.clients | new).items())))
         write_manifest(self.folder, self.manifest)
         self._remove_unnamed()

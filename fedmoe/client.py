@@ -1,5 +1,6 @@
 """A client: its model, its optimizer, its samples, the state of it that persists, and the one door out of it."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from fedmoe import checkpoint, data, mixture, partition
 from fedmoe.config import Config
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
+from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
+from fedmoe.profiling import flops
 
 
 class Client:
@@ -40,7 +43,9 @@ class Client:
         )
         self.batch_size = min(t.batch_size, training)
         # A buffer may hold infinities from the start, as a mask does.
-        self._finite = [n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())]
+        self.finite_names = [
+            n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())
+        ]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B]."""
@@ -53,10 +58,11 @@ class Client:
             raise ValueError(f"client {self.id} cannot take this in: {'; '.join(broken)}")
         if self.global_expert is None:
             return
-        mixture.unpack(payload, self.global_expert)
+        mixture.unpack(payload, mixture.theta_tensors(self.global_expert))
         if self.config.training.theta_momentum == "reset":
             for parameter in self.global_expert.parameters():
-                self.optimizer.state.pop(parameter, None)
+                if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                    momentum.zero_()
 
     @contextmanager
     def lent(self, payload: Payload) -> Iterator[None]:
@@ -66,7 +72,7 @@ class Client:
             return
         own = [t.detach().clone() for t in mixture.theta_tensors(self.global_expert)]
         try:
-            mixture.unpack(payload, self.global_expert)
+            mixture.unpack(payload, mixture.theta_tensors(self.global_expert))
             yield
         finally:
             with torch.no_grad():
@@ -75,7 +81,7 @@ class Client:
 
     def payload(self) -> Payload:
         """A copy of what the client shares: {"theta": fp32 [P]}; nothing if it has no global expert."""
-        return {} if self.global_expert is None else mixture.pack(self.global_expert)
+        return {} if self.global_expert is None else mixture.pack(mixture.theta_tensors(self.global_expert))
 
     def state(self) -> State:
         """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), momentum (`momentum/...`)."""
@@ -112,7 +118,7 @@ class Client:
     def finite(self) -> bool:
         """Whether everything that was finite at the start is so still."""
         tensors = self.tensors()
-        return all(bool(torch.isfinite(tensors[name]).all()) for name in self._finite)
+        return all(bool(torch.isfinite(tensors[name]).all()) for name in self.finite_names)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mixture by name, not copied."""
@@ -137,6 +143,15 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
         except ValueError as error:
             raise UserError(f"{run / 'checkpoints' / entry.file}: {error}") from error
     return client
+
+
+def training_flops(client: Client) -> int:
+    """FLOPs of forward and backward for one sample, counted on a copy, so that nothing of the client changes."""
+    mixture = copy.deepcopy(client.mixture).train()
+    program = mixture.program()
+    x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
+    with globals_kept():
+        return flops.count(lambda: program.join(program.run(x), y)[0].backward()) // len(x)
 
 
 load_data = lru_cache(maxsize=1)(data.load)

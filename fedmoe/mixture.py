@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -145,17 +145,15 @@ def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
     return [*global_expert.parameters(), *(b for b in global_expert.buffers() if b.is_floating_point())]
 
 
-def pack(global_expert: nn.Module) -> Payload:
-    """A copy of the global expert as the payload {"theta": fp32 [P]} on the CPU."""
-    flat = torch.cat([t.detach().reshape(-1).float() for t in theta_tensors(global_expert)])
-    return {"theta": flat.cpu()}
+def pack(theta: Sequence[Tensor]) -> Payload:
+    """A copy of theta's tensors, in the order of `theta_tensors`, as the payload {"theta": fp32 [P]} on the CPU."""
+    return {"theta": torch.cat([t.detach().reshape(-1).float() for t in theta]).cpu()}
 
 
-def unpack(payload: Payload, global_expert: nn.Module) -> None:
-    """Write the payload's theta into the global expert, in place."""
-    tensors = theta_tensors(global_expert)
+def unpack(payload: Payload, theta: Sequence[Tensor]) -> None:
+    """Write the payload's theta into theta's tensors, in place."""
     with torch.no_grad():
-        for tensor, flat in zip(tensors, payload["theta"].split([t.numel() for t in tensors]), strict=True):
+        for tensor, flat in zip(theta, payload["theta"].split([t.numel() for t in theta]), strict=True):
             tensor.copy_(flat.view_as(tensor))
 
 

@@ -59,7 +59,11 @@ def train(config: Config) -> Path:
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
         mixture.rehearse(config, model, shape, classes, batch, f"model {name!r}, client {smallest}")
-    theta = {} if config.method == "local" else mixture.pack(mixture.build_global(config, shape, classes))
+    theta = (
+        {}
+        if config.method == "local"
+        else mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
+    )
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
         _check_free(run)  # once more: another process may have been faster

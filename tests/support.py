@@ -46,7 +46,8 @@ def theta(config: Config) -> Payload:
     """Theta before the first round."""
     data = load_data(config.data, config.seed)
     _, channels, height, width = data.images.shape
-    return mixture.pack(mixture.build_global(config, (channels, height, width), len(data.classes)))
+    global_expert = mixture.build_global(config, (channels, height, width), len(data.classes))
+    return mixture.pack(mixture.theta_tensors(global_expert))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Checkpoints are whole or not there; a bad one is refused by the file's name and the check it failed."""
 
+import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,13 @@ import torch
 
 from fedmoe import checkpoint
 from fedmoe.checkpoint import Writer, load, read_manifest
+from fedmoe.engine.seam import State
 from fedmoe.errors import UserError
+
+
+def given(states: dict[int, State]) -> dict[int, Callable[[], State]]:
+    """As an engine gives them."""
+    return {client: partial(copy.copy, content) for client, content in states.items()}
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -22,7 +31,7 @@ def names(run: Path) -> list[str]:
 def written(run: Path) -> Writer:
     checkpoint.create(run, {"theta": torch.zeros(4)})
     writer = Writer(run)
-    writer.submit(1, {"theta": torch.ones(4)}, {0: state(1), 3: state(3)})
+    writer.submit(1, {"theta": torch.ones(4)}, given({0: state(1), 3: state(3)}))
     writer.wait()
     return writer
 
@@ -58,7 +67,7 @@ def test_only_changed_clients_are_written_and_old_files_go_after(tmp_path: Path)
     writer = written(tmp_path)
     kept = tmp_path / "checkpoints" / "client-0.r1.safetensors"
     before = kept.stat()
-    writer.submit(2, {"theta": torch.zeros(4)}, {3: state(4)})
+    writer.submit(2, {"theta": torch.zeros(4)}, given({3: state(4)}))
     writer.close()
     assert names(tmp_path) == [
         "client-0.r1.safetensors",
@@ -72,7 +81,7 @@ def test_only_changed_clients_are_written_and_old_files_go_after(tmp_path: Path)
 def test_nothing_shared_is_a_checkpoint_too(tmp_path: Path) -> None:
     checkpoint.create(tmp_path, {})
     writer = Writer(tmp_path)
-    writer.submit(1, {}, {0: state(1)})
+    writer.submit(1, {}, given({0: state(1)}))
     writer.close()
     manifest = read_manifest(tmp_path)
     assert load(tmp_path, manifest.server) == {}
@@ -113,7 +122,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", refuse)
-    writer.submit(2, {"theta": torch.zeros(4)}, {0: state(5), 3: state(4)})
+    writer.submit(2, {"theta": torch.zeros(4)}, given({0: state(5), 3: state(4)}))
     for _ in range(2):  # every time from then on: what was to be written is not there
         with pytest.raises(OSError, match="No space left"):
             writer.wait()

@@ -137,16 +137,16 @@ def test_theta_is_parameters_then_float_buffers_in_registration_order() -> None:
     assert isinstance(g, Normed)
     parts = [g.linear.weight, g.linear.bias, g.norm.weight, g.norm.bias, g.norm.running_mean, g.norm.running_var]
     expected = torch.cat([p.detach().reshape(-1) for p in parts if p is not None])
-    assert torch.equal(mixture.pack(g)["theta"], expected)
+    assert torch.equal(mixture.pack(mixture.theta_tensors(g))["theta"], expected)
     assert mixture.schema(g) == {"theta": TensorSpec(torch.float32, (len(expected),))}
 
 
 def test_theta_goes_in_as_it_came_out_and_is_a_copy() -> None:
     a, b = make_normed(SHAPE, 10)[0], make_normed(SHAPE, 10)[0]
     a(torch.randn(8, *SHAPE))
-    packed = mixture.pack(a)
-    mixture.unpack(packed, b)
-    assert torch.equal(mixture.pack(b)["theta"], packed["theta"])
+    packed = mixture.pack(mixture.theta_tensors(a))
+    mixture.unpack(packed, mixture.theta_tensors(b))
+    assert torch.equal(mixture.pack(mixture.theta_tensors(b))["theta"], packed["theta"])
     packed["theta"].zero_()
     assert flat(a).abs().sum() > 0
 

@@ -152,7 +152,7 @@ def test_commit_and_rollback(config: Config, opened: Opened) -> None:
     list(engine.run("train", [job(engine, 0)]))
     engine.commit()
     kept = engine.client(0).state()
-    assert same(engine.changed()[0], kept)
+    assert same(engine.changed()[0](), kept)
     assert engine.changed() == {}
     untouched = engine.client(1).state()
     list(engine.run("train", [job(engine, c, 2) for c in (0, 1)]))
@@ -208,7 +208,7 @@ def test_two_trainings_between_commits_are_one_transaction(config: Config, opene
     [result] = engine.run("train", [job(engine, 0, 2)])
     assert result.metrics["rolled_back"] == 1
     engine.commit()
-    assert same(engine.changed()[0], after_first)
+    assert same(engine.changed()[0](), after_first)
 
 
 def seen_orders(engine: ReferenceEngine, jobs: list[Job]) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ def trained(config: Config, run: Path, device: str) -> tuple[list[float], dict[i
             losses.append(loss)
         assert all(r.weight > 0 for r in engine.run("evaluate", [replace(job, payload={}) for job in jobs]))
     engine.commit()
-    return losses, engine.changed()
+    return losses, {client: state() for client, state in engine.changed().items()}
 
 
 @pytest.mark.parametrize("norm", ["none", "paper", "layer-batch-batch"])

@@ -1,0 +1,203 @@
+"""The engine: trains and evaluates many clients on one device, each brought in turn into a region of its memory."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.member import Federation, Member
+from fedmoe.engine.ranges import phase
+from fedmoe.engine.samples import Loader
+from fedmoe.engine.seam import Interrupted, Job, Metrics, Payload, Result, State, violations
+from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
+from fedmoe.engine.step import How, Step
+from fedmoe.engine.store import Store
+
+
+@dataclass(slots=True)
+class _Room:
+    """A region of the device; the arenas of all architectures that have been in it lie over each other there."""
+
+    region: Tensor  # uint8
+    steps: dict[str, Step] = field(default_factory=dict)
+
+
+class DeviceEngine:
+    """See `fedmoe.engine.seam.Engine`.
+
+    On a GPU there are two rooms: while a client trains in one, the next comes into the other and the last goes out of
+    it. Setting `stop` makes `run` raise Interrupted after the step it is in.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        device: torch.device,
+        store: Store,
+        how: How,
+        resident: bool = True,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.federation, self.device, self.how, self.store = federation, device, how, store
+        self.stop = stop or threading.Event()
+        self._loader = Loader(federation.samples, device, resident)
+        self._members: dict[int, Member] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(2 if device.type == "cuda" else 1)]
+        self._trained: set[int] = set()  # since the last commit
+        self._changed: set[int] = set()
+
+    def run(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield a result for every job, in job order. Raises ValueError where a payload does not fit its client."""
+        work = self._train if kind == "train" else self._evaluate
+        ids = [job.client for job in jobs]
+        self.store.expect(ids)
+        sent: dict[int, Payload] = {}
+        arrived = self._enter(ids[0], 0) if ids else None
+        for i, job in enumerate(jobs):
+            start = time.perf_counter()
+            member, step = self._members[job.client], self._step(job.client, i)
+            assert arrived is not None
+            with phase("transfer in"):
+                arrived.wait()
+            if len(self._rooms) > 1 and i + 1 < len(jobs):
+                arrived = self._enter(ids[i + 1], i + 1)
+            with globals_kept(), phase("client"):
+                payload = self._on_device(job.payload, member, sent)
+                result = work(member, step, job, payload, start)
+            yield result
+            if len(self._rooms) == 1 and i + 1 < len(jobs):
+                arrived = self._enter(ids[i + 1], i + 1)
+
+    def commit(self) -> None:
+        """Keep the state of every client trained since the last commit."""
+        self.store.commit()
+        self._changed |= self._trained
+        self._trained.clear()
+
+    def rollback(self) -> None:
+        """Return every client trained since the last commit to its state at that commit."""
+        self.store.rollback()
+        self._trained.clear()
+
+    def changed(self) -> Mapping[int, Callable[[], State]]:
+        """The states of all clients committed since this was last called, by client: as they are now, read when called.
+
+        The calls may come from another thread, while training goes on.
+        """
+        changed = {id: self._reader(id) for id in sorted(self._changed)}
+        self._changed.clear()
+        return changed
+
+    def _reader(self, id: int) -> Callable[[], State]:
+        layout, read = self._layouts[self._members[id].architecture], self.store.snapshot(id)
+        return lambda: layout.unpack(read())
+
+    def _enter(self, id: int, place: int) -> Any:
+        """Begin to bring a client into the room that is its turn's; what is returned can be waited for."""
+        self._open(id)
+        layout, room = self._layouts[self._members[id].architecture], self._rooms[place % len(self._rooms)]
+        if len(room.region) < layout.size:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # copies out of the old region
+            room.region, room.steps = torch.zeros(layout.size, dtype=torch.uint8, device=self.device), {}
+        return self.store.load(id, room.region)
+
+    def _open(self, id: int) -> None:
+        """Have the client's member and block, if this is the first that is heard of it."""
+        if id in self._members:
+            return
+        member, program, state = self.federation.open(id)
+        layout = Layout.of(program)
+        known = self._layouts.setdefault(member.architecture, layout)
+        if known != layout:
+            raise ValueError(f"client {id} is of architecture {member.architecture!r}, but its tensors are others")
+        block = torch.empty(layout.size, dtype=torch.uint8)
+        layout.pack(state, block)
+        self.store.add(id, block)
+        self._members[id] = member
+
+    def _step(self, id: int, place: int) -> Step:
+        """What trains clients of this one's architecture in the room that is its turn's."""
+        member, room = self._members[id], self._rooms[place % len(self._rooms)]
+        if member.architecture not in room.steps:
+            _, program, _ = self.federation.open(id)
+            arena = Arena(program, self._layouts[member.architecture], room.region, self.how.low)
+            room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how)
+        return room.steps[member.architecture]
+
+    def _on_device(self, payload: Payload, member: Member, sent: dict[int, Payload]) -> Payload:
+        """The payload, checked, on the device: moved there once for all jobs that bring the same."""
+        if not payload:
+            return payload
+        if broken := violations(payload, member.schema):
+            raise ValueError(f"client {member.id} cannot take this in: {'; '.join(broken)}")
+        if id(payload) not in sent:
+            sent[id(payload)] = {name: t.to(self.device) for name, t in payload.items()}
+        return sent[id(payload)]
+
+    def _train(self, member: Member, step: Step, job: Job, payload: Payload, start: float) -> Result:
+        arena, federation = step.arena, self.federation
+        if payload:
+            federation.unpack(payload, arena.theta())
+            if federation.optimizer.reset_theta:
+                momenta = arena.momenta()
+                shared = [momenta[name] for name in momenta if f"model/{name}" in arena.layout.theta]
+                torch._foreach_zero_(shared)
+        step.begin()
+        epochs, size = int(job.settings["epochs"]), member.batch_size
+        steps = member.training // size  # the last partial batch is dropped
+        for epoch in range(epochs):
+            place = (member.id, job.round, epoch)
+            drawn = torch.randperm(member.training, generator=generator(federation.seed, "order", *place))
+            seed_globals(derive(federation.seed, "dropout", *place))
+            for _ in step.epoch(member.samples[drawn[: steps * size]].view(steps, size)):
+                if self.stop.is_set():
+                    raise Interrupted
+        finite = self._finite(member, arena)
+        loss, correct, whole = torch.stack([step.loss.double(), step.correct.double(), finite.double()]).tolist()
+        samples = epochs * steps * size
+        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0}
+        if step.scale is not None:
+            metrics["skipped"] = int(step.scale.skipped)
+        if not whole or loss != loss or abs(loss) == float("inf"):
+            metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
+            return federation.outgoing("train", member, job.payload, 0, metrics)
+        with phase("transfer out"):
+            self.store.save(member.id, arena.block)
+        self._trained.add(member.id)
+        metrics |= {"loss": loss / (epochs * steps), "accuracy": correct / samples}
+        shared_now = federation.pack(arena.theta()) if member.schema else {}
+        metrics["seconds"] = time.perf_counter() - start
+        return federation.outgoing("train", member, shared_now, member.training, metrics)
+
+    def _finite(self, member: Member, arena: Arena) -> Tensor:
+        """[] whether all that must be finite is."""
+        entries = (arena.layout.entries[name] for name in member.finite)
+        return torch.stack([entry.of(arena.block).isfinite().all() for entry in entries]).all()
+
+    @torch.no_grad()
+    def _evaluate(self, member: Member, step: Step, job: Job, payload: Payload, start: float) -> Result:
+        """With the client's own theta, or with the job's where it brings one; neither changes the client."""
+        if payload:
+            self.federation.unpack(payload, step.arena.theta())
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        seed_globals(derive(self.federation.seed, "evaluation", member.id, job.round))
+        held_out = member.samples[member.training :]
+        with phase("evaluation"):
+            for logits, y in step.predictions(held_out, self.federation.evaluation_batch):
+                if self.stop.is_set():
+                    raise Interrupted
+                loss += F.cross_entropy(logits.float(), y, reduction="sum")
+                correct += (logits.argmax(1) == y).sum()
+        n = len(held_out)
+        total, right = torch.stack([loss.double(), correct.double()]).tolist()
+        metrics: Metrics = {"accuracy": right / n, "loss": total / n, "seconds": time.perf_counter() - start}
+        return self.federation.outgoing("evaluate", member, {}, n, metrics)

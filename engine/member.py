@@ -1,0 +1,77 @@
+"""What a method gives an engine: the federation's samples, how it trains, and its members, one at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fedmoe.engine.program import Program
+from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """All clients' samples, and how a batch of them becomes input."""
+
+    images: Tensor  # uint8 [N, channels, height, width]
+    labels: Tensor  # int64 [N]
+    mean: float
+    """Of pixels scaled to [0, 1], subtracted."""
+    std: float
+    """Divides after that."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SGD:
+    """How clients are trained (torch.optim.SGD)."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    reset_theta: bool
+    """Whether theta's momentum starts from zero when a new theta arrives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What an engine must know of a client besides its state."""
+
+    id: int
+    architecture: str
+    """Members of one architecture have equal programs."""
+    samples: Tensor  # int64 [n], which of the federation's; the first `training` are for training
+    training: int
+    batch_size: int
+    flops: int
+    """Of a training step, per sample."""
+    schema: Schema
+    finite: tuple[str, ...]
+    """Names of the tensors of its state that must stay finite."""
+
+
+class Federation(Protocol):
+    """Opens members and lets results out."""
+
+    samples: Samples
+    optimizer: SGD
+    seed: int
+    evaluation_batch: int
+
+    def open(self, client: int) -> tuple[Member, Program, State]:
+        """The member, a program of its architecture on the CPU, and its state as the last checkpoint has it."""
+        ...
+
+    def pack(self, theta: Sequence[Tensor]) -> Payload:
+        """The payload, on the CPU, of what a member shares, as views of its arena."""
+        ...
+
+    def unpack(self, payload: Payload, theta: Sequence[Tensor]) -> None:
+        """Write a payload there."""
+        ...
+
+    def outgoing(
+        self, kind: Literal["train", "evaluate"], member: Member, payload: Payload, weight: float, metrics: Metrics
+    ) -> Result:
+        """The only way out of a member."""
+        ...

@@ -1,0 +1,133 @@
+"""The step over an arena's weights: in one kernel over flat memory, or by a library over its parameters."""
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedmoe.engine.arena import Arena
+from fedmoe.engine.member import SGD
+from fedmoe.kernels import flat_optimizer, flat_optimizer_oracle
+from fedmoe.kernels.flat_optimizer import Control
+
+
+class Optimizer(Protocol):
+    """Takes steps on the arena that it was made for."""
+
+    def begin(self) -> None:
+        """Before a backward pass: its gradients will be those of this step alone."""
+
+    def step(self) -> None:
+        """Take the step, low-precision copies included."""
+
+
+class Scale:
+    """A dynamic loss scale, all of it on the device (PyTorch's GradScaler, without its attachments)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.steps = torch.zeros((), dtype=torch.int32, device=device)  # since it last changed
+        self.skipped = torch.zeros((), device=device)  # steps whose gradients were not finite
+
+    def update(self, found_inf: Tensor) -> None:
+        """Halve it after a step that was skipped, double it after 2000 that were not."""
+        self.skipped += found_inf
+        torch._amp_update_scale_(self.scale, self.steps, found_inf, 2.0, 0.5, 2000)
+
+
+class Flat:
+    """One kernel over all weights, which also zeroes the gradients: they are views of flat memory, added to."""
+
+    def __init__(self, arena: Arena, sgd: SGD, scale: Scale | None) -> None:
+        weights, narrow = arena.weights, arena.layout.narrow
+        dtype = torch.float32 if arena.low is None else arena.low.dtype
+        low = weights.new_zeros(narrow, dtype=dtype)
+        high = weights.new_zeros(len(weights) - narrow)
+        segments: list[tuple[slice, Tensor, Tensor | None]]
+        if arena.low is None:  # one dtype, one segment
+            whole = weights.new_zeros(len(weights))
+            low, high, segments = whole[:narrow], whole[narrow:], [(slice(0, len(weights)), whole, None)]
+        else:
+            segments = [(slice(0, narrow), low, arena.low), (slice(narrow, len(weights)), high, None)]
+        self._segments = [segment for segment in segments if len(segment[1])]
+        self._gradients = {name: arena.flat_views(name, low, high) for name in arena.parameters}
+        self._arena, self._sgd, self._scale = arena, sgd, scale
+        self._lr = weights.new_tensor(sgd.lr)
+        self._control = Control.empty([g for _, g, _ in self._segments]) if scale else None
+        able = flat_optimizer.flat_optimizer_supported(weights, low)[0]
+        self._do: Any = flat_optimizer if able else flat_optimizer_oracle
+
+    def begin(self) -> None:
+        """Gradients were zeroed by the step before, or are from the start."""
+        for name, parameter in self._arena.parameters.items():
+            parameter.grad = self._gradients[name]
+
+    def step(self) -> None:
+        """A kernel a dtype of gradients; with a loss scale two more before, and one for the scale after."""
+        sgd, arena = self._sgd, self._arena
+        if self._control is not None and self._scale is not None:
+            self._do.flat_norm([g for _, g, _ in self._segments], scale=self._scale.scale, out=self._control)
+        for part, gradients, low in self._segments:
+            self._do.sgd_step(
+                arena.weights[part], gradients, arena.momentum[part] if sgd.momentum else None, lr=self._lr,
+                momentum=sgd.momentum, weight_decay=sgd.weight_decay, low=low, control=self._control,
+            )  # fmt: skip
+        if self._control is not None and self._scale is not None:
+            self._scale.update(self._control.found_inf)
+
+
+class Library:
+    """A library's fused SGD over the parameters, its momentum in the arena; gradients are taken over, not added to."""
+
+    def __init__(self, arena: Arena, sgd: SGD, make: Any) -> None:
+        self._parameters = list(arena.parameters.values())
+        self._arena, masters = arena, arena.masters()
+        self._masters = [
+            p if arena.low is None or p.dtype == torch.float32 else torch.nn.Parameter(masters[name])
+            for name, p in arena.parameters.items()
+        ]
+        self._optimizer = make(self._masters, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+        if sgd.momentum:
+            for master, momentum in zip(self._masters, arena.momenta().values(), strict=True):
+                self._optimizer.state[master]["momentum_buffer"] = momentum
+
+    def begin(self) -> None:
+        """Autograd hands its gradients over where there are none."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The library's step, in fp32, and from it the low-precision copies."""
+        pairs = [(m, p) for m, p in zip(self._masters, self._parameters, strict=True) if m is not p]
+        for master, parameter in pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._optimizer.step()
+        for master, parameter in pairs:
+            parameter.copy_(master)
+
+
+def optimizer(name: str, arena: Arena, sgd: SGD, scale: Scale | None) -> Optimizer:
+    """The one of this name. Raises ValueError where a loss scale is wanted of a library, or apex is not there."""
+    if name == "flat":
+        return Flat(arena, sgd, scale)
+    if scale is not None:
+        raise ValueError(f'precision "fp16" needs optimizer "flat", not "{name}": it alone scales losses on the device')
+    if name == "torch":
+        return Library(arena, sgd, lambda *a, **k: torch.optim.SGD(*a, **k, fused=True))
+    return Library(arena, sgd, apex().FusedSGD)
+
+
+def apex() -> Any:
+    """NVIDIA's apex.optimizers. Raises ValueError where it is missing, unrelated, or built without CUDA."""
+    try:
+        importlib.import_module("amp_C")
+        module = importlib.import_module("apex.optimizers")
+        assert hasattr(module, "FusedAdam")
+    except (ImportError, AssertionError) as error:
+        raise ValueError(
+            f'optimizer "apex" needs NVIDIA apex with amp_C and apex.optimizers ({error or "no FusedAdam"}): the '
+            'package apex on PyPI is unrelated; build github.com/NVIDIA/apex with --cuda_ext, or take "flat" or "torch"'
+        ) from error
+    return module

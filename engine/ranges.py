@@ -1,0 +1,53 @@
+"""Markers of the engine's phases: nothing until somebody observes, who then hears of each begin and end."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+PHASES = (
+    "round", "client", "transfer in", "transfer out", "batch", "global", "local", "gate", "header", "backward",
+    "optimizer", "averaging", "evaluation",
+)  # fmt: skip
+"""`global`, `local` and `gate` are the branches of FedMoE's program; another program's are named as it names them."""
+
+
+class Observer(Protocol):
+    """Hears of phases; they nest, and those of one thread end in the reverse order of their beginnings."""
+
+    def begin(self, phase: str) -> None:
+        """A phase begins, on the current stream."""
+
+    def end(self, phase: str) -> None:
+        """It ends, on the current stream; also if it failed."""
+
+
+_observers: tuple[Observer, ...] = ()
+_nothing = nullcontext()
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """Mark the block as a phase. Inside a CUDA graph that is replayed nothing is marked: the host is not there."""
+    return _marked(name) if _observers else _nothing
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the block `observer` hears of all phases, of every thread."""
+    global _observers
+    _observers = (*_observers, observer)
+    try:
+        yield
+    finally:
+        _observers = tuple(o for o in _observers if o is not observer)
+
+
+@contextmanager
+def _marked(name: str) -> Iterator[None]:
+    observers = _observers
+    for observer in observers:
+        observer.begin(name)
+    try:
+        yield
+    finally:
+        for observer in reversed(observers):
+            observer.end(name)

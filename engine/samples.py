@@ -1,0 +1,33 @@
+"""Batches of a federation's samples, made on the device where they lie, or loaded to it."""
+
+import torch
+from torch import Tensor
+
+from fedmoe.engine.member import Samples
+from fedmoe.kernels import gather
+
+
+class Loader:
+    """Gathers batches, from the device if all samples are held there (`resident`), or else from the host."""
+
+    def __init__(self, samples: Samples, device: torch.device, resident: bool) -> None:
+        self.device, self.resident = device, resident
+        self._samples = samples
+        where = device if resident else torch.device("cpu")
+        self._images, self._labels = samples.images.to(where), samples.labels.to(where)
+        channels = samples.images.shape[1]
+        self._mean = torch.full((channels,), samples.mean, device=device)
+        self._std = torch.full((channels,), samples.std, device=device)
+
+    def batch(self, indices: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+        """Of samples `indices` [B], which lie where the samples do: inputs, fp32 [B, C, H, W]; targets int64 [B]."""
+        operands = self._images, self._labels, indices, self._mean, self._std
+        if self._images.is_cuda and gather.gather_augment_supported(*operands)[0]:
+            return gather.gather_augment(*operands, channels_last=channels_last)
+        images, labels = self._images[indices], self._labels[indices]
+        if images.device.type != self.device.type:
+            # Pinned, or the copy would wait; PyTorch keeps pinned memory from being used again before it is done.
+            images, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (images, labels))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        s = self._samples
+        return images.to(torch.float32, memory_format=layout).div_(255).sub_(s.mean).div_(s.std), labels

@@ -1,0 +1,193 @@
+"""A training step over an arena: branches side by side, join, backward, optimizer; captured once, then replayed.
+
+On a GPU nothing in it makes the host wait: loss, hits and which batch comes next are device scalars.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmoe.engine.arena import Arena
+from fedmoe.engine.member import SGD
+from fedmoe.engine.optimizers import Scale, optimizer
+from fedmoe.engine.program import Program
+from fedmoe.engine.ranges import phase
+from fedmoe.engine.samples import Loader
+from fedmoe.engine.seeds import globals_kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class How:
+    """What of the plan concerns a step."""
+
+    precision: str = "fp32"
+    """fp32, tf32, bf16 or fp16."""
+    optimizer: str = "torch"
+    """flat, torch or apex."""
+    streams: bool = False
+    """Give every branch a stream of its own."""
+    graphs: bool = False
+    """Capture the step as a CUDA graph and replay it."""
+    channels_last: bool = True
+    """Give images with their channels innermost, where the modules take that."""
+
+    @property
+    def low(self) -> torch.dtype | None:
+        """The dtype of parameters' copies and of autocast; None: fp32."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+
+class Step:
+    """Trains whoever is in the arena, on batches that an order names."""
+
+    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How) -> None:
+        self.arena, self._loader, self._how = arena, loader, how
+        self.device = arena.block.device
+        self.scale = Scale(self.device) if how.precision == "fp16" else None
+        self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
+        count = len(arena.program.branches) - 1 if how.streams and self.device.type == "cuda" else 0
+        self._streams = [torch.cuda.Stream(self.device) for _ in range(count)]
+        self._channels_last = how.channels_last and self._takes_channels_last()
+        self.loss = torch.zeros((), device=self.device)
+        """Sum over the steps since `begin`."""
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._order: Tensor | None = None  # [steps, B] on the device, at an address that the graphs know
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+
+    def begin(self) -> None:
+        """A client has come into the arena."""
+        self.arena.refresh()
+        self.loss.zero_()
+        self.correct.zero_()
+        if self.scale is not None:
+            self.scale.skipped.zero_()
+        self.arena.program.modules.train()
+
+    def epoch(self, order: Tensor) -> Iterator[None]:  # int64 [steps, B] on the CPU
+        """Take the steps of an epoch; yields before each."""
+        if not self._how.graphs or self.device.type != "cuda" or not self._loader.resident:
+            for indices in self._placed(order):
+                yield
+                self._take(indices)
+            return
+        graph = self._graph(order)
+        for _ in range(len(order)):
+            yield
+            graph.replay()
+
+    def predictions(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:  # int64 [n] on the CPU
+        """Logits [B, C] and targets [B] of samples, `size` at a time, in evaluation mode; call it without gradients."""
+        self.arena.refresh()
+        program = self.arena.program
+        program.modules.eval()
+        for indices in self._placed(order).split(size):
+            x, y = self._loader.batch(indices, self._channels_last)
+            with autocast(self.device, self._how.low):
+                yield program.logits(branches(program, x, self._streams)), y
+
+    def _placed(self, order: Tensor) -> Tensor:
+        """Where the samples are."""
+        return order.to(self.device, non_blocking=True) if self._loader.resident else order
+
+    def _takes_channels_last(self) -> bool:
+        """Whether the modules do: code that views its input as another shape cannot."""
+        modules = self.arena.program.modules
+        modules.eval()
+        first = torch.zeros(2, dtype=torch.int64)
+        try:
+            with torch.no_grad(), globals_kept(), autocast(self.device, self._how.low):
+                for of_one in (False, True):
+                    x, _ = self._loader.batch(self._placed(first), of_one)
+                    branches(self.arena.program, x, [])
+        except RuntimeError:
+            if not of_one:
+                raise
+            return False
+        return True
+
+    def _take(self, indices: Tensor) -> None:
+        with phase("batch"):
+            x, y = self._loader.batch(indices, self._channels_last)
+        with autocast(self.device, self._how.low):
+            outputs = branches(self.arena.program, x, self._streams)
+            with phase("header"):
+                loss, hits = self.arena.program.join(outputs, y)
+        self.optimizer.begin()
+        with phase("backward"):
+            (loss if self.scale is None else loss * self.scale.scale).backward()
+        with phase("optimizer"):
+            self.optimizer.step()
+        self.loss += loss.detach()
+        self.correct += hits
+
+    def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph:
+        """The graph for batches of this size, with `order` in place; captured if there is none yet."""
+        size = order.shape[1]
+        if self._order is None or order.numel() > self._order.numel():  # an address that graphs hold: make it seldom
+            room = 1 << (order.numel() - 1).bit_length()
+            self._order, self._graphs = torch.zeros(room, dtype=torch.int64, device=self.device), {}
+        self._order[: order.numel()].copy_(order.reshape(-1).pin_memory(), non_blocking=True)
+        self._next.zero_()
+        if size not in self._graphs:
+            self._graphs[size] = self._captured(size)
+        return self._graphs[size]
+
+    def _captured(self, size: int) -> torch.cuda.CUDAGraph:
+        """Capture; warming up trains, so what the client owns is put back after."""
+        assert self._order is not None
+        rows = self._order[: len(self._order) // size * size].view(-1, size)
+        changing = [self.arena.block, self.loss, self.correct]
+        if self.scale is not None:
+            changing += [self.scale.scale, self.scale.steps, self.scale.skipped]
+        kept = [tensor.clone() for tensor in changing]
+
+        def step() -> None:
+            self._take(rows.index_select(0, self._next).view(size))
+            self._next.add_(1).remainder_(len(rows))
+
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        for parameter in self.arena.parameters.values():
+            parameter.grad = None  # or the graph would add to what the warm-up left
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        for tensor, value in zip(changing, kept, strict=True):
+            tensor.copy_(value)
+        self.arena.refresh()
+        self._next.zero_()
+        return graph
+
+
+def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> dict[str, Tensor]:
+    """Every branch's output; with streams, all but one beside the current one; autograd does likewise backward."""
+    if not streams:
+        outputs = {}
+        for name, branch in program.branches.items():
+            with phase(name):
+                outputs[name] = branch(x)
+        return outputs
+    current = torch.cuda.current_stream()
+    outputs = {}
+    for (name, branch), stream in zip(program.branches.items(), [*streams, current], strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), phase(name):
+            outputs[name] = branch(x)
+    for stream in streams:
+        current.wait_stream(stream)
+    return outputs
+
+
+def autocast(device: torch.device, low: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    """Autocast to `low`, its cache off: what it would cache are the arena's own low-precision copies."""
+    if low is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=low, cache_enabled=False)

@@ -1,0 +1,65 @@
+"""The run's federation, as an engine is given it: its samples, its members, and the one door out of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmoe import mixture
+from fedmoe.client import Client, load_data, open_client, outgoing, training_flops
+from fedmoe.config import Config
+from fedmoe.engine.member import SGD, Member, Samples
+from fedmoe.engine.program import Program
+from fedmoe.engine.seam import Metrics, Payload, Result, State
+from fedmoe.partition import Split
+
+
+class Federation:
+    """The clients of the run in folder `run`; see `fedmoe.engine.member.Federation`."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        self._config, self._run = config, run
+        dataset = load_data(config.data, config.seed)
+        self._split = Split.load(run / "partition.safetensors")
+        self._flops: dict[str, int] = {}
+        t = config.training
+        self.samples = Samples(dataset.images, dataset.labels, config.data.mean, config.data.std)
+        self.optimizer = SGD(
+            lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, reset_theta=t.theta_momentum == "reset"
+        )
+        self.seed, self.evaluation_batch = config.seed, config.evaluation.batch_size
+
+    def open(self, client: int) -> tuple[Member, Program, State]:
+        """The member, a program of its architecture, and its state as the last checkpoint has it."""
+        opened = open_client(self._config, client, self._run, torch.device("cpu"))
+        return self._member(opened), opened.program, opened.state()
+
+    def pack(self, theta: Sequence[Tensor]) -> Payload:
+        """The payload {"theta": fp32 [P]} on the CPU."""
+        return mixture.pack(theta)
+
+    def unpack(self, payload: Payload, theta: Sequence[Tensor]) -> None:
+        """Write the payload's theta there."""
+        mixture.unpack(payload, theta)
+
+    def outgoing(
+        self, kind: Literal["train", "evaluate"], member: Member, payload: Payload, weight: float, metrics: Metrics
+    ) -> Result:
+        """By `fedmoe.client.outgoing`, and by it alone; nothing but metrics leaves an evaluation."""
+        return outgoing(member.id, member.schema if kind == "train" else {}, payload, weight, metrics)
+
+    def _member(self, client: Client) -> Member:
+        if client.model not in self._flops:
+            self._flops[client.model] = training_flops(client)
+        return Member(
+            id=client.id,
+            architecture=client.model,
+            samples=torch.cat([self._split.train(client.id), self._split.test(client.id)]),
+            training=client.training,
+            batch_size=client.batch_size,
+            flops=self._flops[client.model],
+            schema=client.schema,
+            finite=tuple(f"model/{name}" for name in client.finite_names),
+        )

@@ -1,0 +1,107 @@
+"""Runs rounds of a federation on an engine, for comparisons of engines."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedmoe import checkpoint
+from fedmoe.config import Config
+from fedmoe.engine.device import prepare
+from fedmoe.engine.device_engine import DeviceEngine
+from fedmoe.engine.seam import Engine, Job, Payload, Result, State
+from fedmoe.engine.step import How
+from fedmoe.engine.store import Store
+from fedmoe.federation import Federation
+from fedmoe.server import Server
+
+
+class Outcome(NamedTuple):
+    """All that a run of rounds gives."""
+
+    theta: list[Payload]  # after each round
+    train: list[Result]
+    evaluated: list[Result]
+    states: dict[int, State]
+
+
+@contextmanager
+def engine(
+    config: Config, run: Path, how: How, device: str = "cpu", resident: bool = True, memory: int = 2**40, **more: Any
+) -> Iterator[DeviceEngine]:
+    """An engine over a run folder; `memory` bytes hold states before they go to files."""
+    on = prepare(device, 0, config.run.deterministic)
+    with Store(on, device_bytes=memory, host_bytes=memory, folder=run / "store") as store:
+        yield DeviceEngine(Federation(config, run), on, store, how, resident, **more)
+
+
+def rounds(
+    config: Config, engine: Engine, run: Path, number: int = 3, first: int = 1, theta: Payload | None = None
+) -> Outcome:
+    """`number` rounds as the federated loop takes them, with an evaluation of every client after each."""
+    server = Server(config, theta or checkpoint.load(run, checkpoint.read_manifest(run).server))
+    out = Outcome([], [], [], {})
+    for r in range(first, first + number):
+        results = list(engine.run("train", server.jobs(r)))
+        server.theta = server.average(results)
+        evaluations = [Job(client, r, {}) for client in range(config.federation.clients)]
+        evaluations += [replace(job, payload=server.theta) for job in evaluations]
+        out.evaluated.extend(engine.run("evaluate", evaluations))
+        engine.commit()
+        out.theta.append(server.theta)
+        out.train.extend(results)
+        out.states.update({client: state() for client, state in engine.changed().items()})
+    return out
+
+
+def assert_close(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
+    """Every payload and state within `tolerance`, relative to its norm; losses too; counts of samples exactly."""
+    for a, b in zip(ours.theta, theirs.theta, strict=True):
+        assert apart(a["theta"], b["theta"]) <= tolerance
+    for ours_, theirs_ in ((ours.train, theirs.train), (ours.evaluated, theirs.evaluated)):
+        for x, y in zip(ours_, theirs_, strict=True):
+            assert (x.client, x.weight, x.metrics.get("samples")) == (y.client, y.weight, y.metrics.get("samples"))
+            assert x.metrics.get("flops") == y.metrics.get("flops")
+            assert _number(x, "loss") == _number(y, "loss") or abs(_number(x, "loss") - _number(y, "loss")) <= (
+                tolerance * (1 + abs(_number(y, "loss")))
+            )
+            assert abs(_number(x, "accuracy") - _number(y, "accuracy")) <= 0.1 * (tolerance > 1e-4)
+    assert ours.states.keys() == theirs.states.keys()
+    for client, state in theirs.states.items():
+        for name, tensor in state.items():
+            mine = ours.states[client][name]
+            assert mine.dtype == tensor.dtype and mine.shape == tensor.shape
+            assert apart(mine, tensor) <= tolerance * (10 if name.startswith("momentum") else 1), (client, name)
+
+
+def assert_same(ours: Outcome, theirs: Outcome) -> None:
+    """Bit for bit, but for seconds."""
+    for a, b in zip(ours.theta, theirs.theta, strict=True):
+        assert torch.equal(a["theta"], b["theta"])
+    for x, y in zip(ours.train + ours.evaluated, theirs.train + theirs.evaluated, strict=True):
+        assert (x.client, x.weight, _timeless(x)) == (y.client, y.weight, _timeless(y))
+    assert ours.states.keys() == theirs.states.keys()
+    for client, state in theirs.states.items():
+        assert all(torch.equal(ours.states[client][name], tensor) for name, tensor in state.items()), client
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over the norm."""
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-6))
+
+
+Rounds = Callable[..., Outcome]
+
+
+def _number(result: Result, name: str) -> float:
+    value = result.metrics[name]
+    assert not isinstance(value, list)
+    return float(value)
+
+
+def _timeless(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in result.metrics.items() if name != "seconds"}

@@ -1,0 +1,282 @@
+"""The engine against the plain loop: every switch alone and all together, faults, and what must never happen."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmoe.config import Config
+from fedmoe.engine.seam import Interrupted, Job
+from fedmoe.engine.step import How, Step
+from fedmoe.reference import ReferenceEngine
+from tests.engines import Outcome, assert_close, assert_same, engine, rounds
+from tests.support import begin, changed, theta
+from tests.synchronization import NoSynchronization
+
+CPU = torch.device("cpu")
+PLAIN = How(optimizer="torch", channels_last=False)
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "fp16": 1e-2}
+"""Of three rounds from the same start: roundings of the dtype, grown by training."""
+
+
+@pytest.fixture
+def ragged(config: Config) -> Config:
+    """Clients of unequal size, three of five in a round, two epochs, momentum kept."""
+    return changed(
+        config,
+        partition={"kind": "dirichlet", "min_samples": 20},
+        federation={"fraction": 0.6, "epochs": 2},
+        training={"theta_momentum": "keep"},
+    )
+
+
+def reference(config: Config, run: Path) -> Outcome:
+    return rounds(config, ReferenceEngine(config, run, CPU), run)
+
+
+def outcome(config: Config, run: Path, how: How, **options: Any) -> Outcome:
+    with engine(config, run, how, **options) as made:
+        return rounds(config, made, run)
+
+
+SWITCHES = {
+    "nothing": PLAIN,
+    "flat optimizer": replace(PLAIN, optimizer="flat"),
+    "channels last": replace(PLAIN, channels_last=True),
+    "streams and graphs, which are nothing here": replace(PLAIN, streams=True, graphs=True),
+    "all": How(optimizer="flat", streams=True, graphs=True, channels_last=True),
+    "tf32, which is fp32 here": replace(PLAIN, precision="tf32"),
+    "bf16": replace(PLAIN, precision="bf16"),
+    "bf16, flat": replace(PLAIN, precision="bf16", optimizer="flat"),
+    "fp16, flat": replace(PLAIN, precision="fp16", optimizer="flat"),
+}
+
+
+@pytest.mark.parametrize("norm", ["none", "layer-batch-batch"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_is_the_plain_loop(ragged: Config, tmp_path: Path, switch: str, norm: str) -> None:
+    config = changed(ragged, gate={"norm": norm})
+    run = begin(config, tmp_path / "run")
+    how = SWITCHES[switch]
+    assert_close(outcome(config, run, how), reference(config, run), TOLERANCE.get(how.precision, TOLERANCE["fp32"]))
+
+
+@pytest.mark.parametrize("method", ["static", "local"])
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_controls_and_policies(config: Config, tmp_path: Path, method: str, policy: str) -> None:
+    config = changed(config, method=method, training={"theta_momentum": policy})
+    run = begin(config, tmp_path / "run")
+    if method == "local":
+        made = ReferenceEngine(config, run, CPU)
+        jobs = [Job(c, 1, {}, {"epochs": 1}) for c in range(5)]
+        with engine(config, run, How()) as ours:
+            for a, b in zip(ours.run("train", jobs), made.run("train", jobs), strict=True):
+                assert a.payload == b.payload == {} and a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-5)
+        return
+    assert_close(outcome(config, run, How()), reference(config, run), TOLERANCE["fp32"])
+
+
+def test_paged_is_unpaged_bit_for_bit(ragged: Config, tmp_path: Path) -> None:
+    run = begin(ragged, tmp_path / "run")
+    whole = outcome(ragged, run, How())
+    for memory in (0, 2**20):  # nothing but files; a few clients
+        assert_same(outcome(ragged, run, How(), memory=memory), whole)
+    assert not list((run / "store").glob("*")) if (run / "store").exists() else True
+
+
+def test_samples_on_the_host_are_the_same(config: Config, tmp_path: Path) -> None:
+    run = begin(config, tmp_path / "run")
+    assert_same(outcome(config, run, How(), resident=False), outcome(config, run, How()))
+
+
+def test_deterministic_runs_are_bit_identical_and_so_is_a_resumed_one(ragged: Config, tmp_path: Path) -> None:
+    """Three rounds at once, and again with an engine of its own for each round, from what the one before saved."""
+    from fedmoe.checkpoint import Writer
+
+    config = changed(ragged, run={"deterministic": True})
+    run = begin(config, tmp_path / "run")
+    whole = outcome(config, run, How())
+    assert_same(outcome(config, run, How()), whole)
+    parts: list[Outcome] = []
+    last = None
+    for number in (1, 2, 3):
+        with engine(config, run, How()) as made:
+            part = rounds(config, made, run, 1, number, last)
+        last = part.theta[-1]
+        writer = Writer(run)
+        writer.submit(number, last, {client: lambda s=state: s for client, state in part.states.items()})  # type: ignore[misc]
+        writer.wait()
+        writer.close()
+        parts.append(part)
+    joined = Outcome([], [], [], {})
+    for part in parts:
+        joined.theta.extend(part.theta)
+        joined.train.extend(part.train)
+        joined.evaluated.extend(part.evaluated)
+        joined.states.update(part.states)
+    assert_same(joined, whole)
+
+
+def test_dropout_is_seeded_as_in_the_plain_loop(config: Config, tmp_path: Path) -> None:
+    config = changed(config, model={"local": ("tests.test_device_engine:dropping",)})
+    run = begin(config, tmp_path / "run")
+    assert_close(outcome(config, run, PLAIN), reference(config, run), TOLERANCE["fp32"])
+
+
+def test_modules_that_view_their_input_are_given_it_as_they_can_take_it(config: Config, tmp_path: Path) -> None:
+    config = changed(config, model={"local": ("tests.test_device_engine:viewing",)})
+    run = begin(config, tmp_path / "run")
+    assert_close(outcome(config, run, How()), reference(config, run), TOLERANCE["fp32"])
+
+
+def test_rollback_and_commit(config: Config, tmp_path: Path) -> None:
+    run = begin(config, tmp_path / "run")
+    jobs = [Job(c, 1, theta(config), {"epochs": 1}) for c in (0, 1)]
+    with engine(config, run, How()) as made:
+        first = [r.metrics["loss"] for r in made.run("train", jobs)]
+        made.rollback()
+        assert not made.changed()
+        assert [r.metrics["loss"] for r in made.run("train", jobs)] == first
+        made.commit()
+        assert sorted(made.changed()) == [0, 1] and not made.changed()
+        assert [r.metrics["loss"] for r in made.run("train", jobs)] != first
+
+
+def test_a_client_that_is_not_finite_is_rolled_back_and_the_others_go_on(config: Config, tmp_path: Path) -> None:
+    config = changed(config, model={"local": ("cnn-1", "tests.test_device_engine:exploding")})
+    run = begin(config, tmp_path / "run")
+    jobs = [Job(c, 1, theta(config), {"epochs": 1}) for c in range(3)]
+    with engine(config, run, How()) as made:
+        results = list(made.run("train", jobs))
+        made.commit()
+        assert [r.metrics["rolled_back"] for r in results] == [0, 1, 0]
+        assert results[1].weight == 0 and torch.equal(results[1].payload["theta"], theta(config)["theta"])
+        assert sorted(made.changed()) == [0, 2]
+
+
+def test_stop_is_obeyed_after_the_step(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = begin(config, tmp_path / "run"), threading.Event()
+    taken = []
+    take = Step._take
+
+    def counted(self: Step, indices: torch.Tensor) -> None:
+        take(self, indices)
+        taken.append(1)
+        stop.set()
+
+    monkeypatch.setattr(Step, "_take", counted)
+    with engine(config, run, How(), stop=stop) as made:
+        with pytest.raises(Interrupted):
+            list(made.run("train", [Job(0, 1, theta(config), {"epochs": 1})]))
+        assert len(taken) == 1
+        made.rollback()
+        assert not made.changed()
+
+
+def test_a_payload_that_does_not_fit_is_refused(config: Config, tmp_path: Path) -> None:
+    run = begin(config, tmp_path / "run")
+    bad = {"theta": torch.zeros(3)}
+    with engine(config, run, How()) as made, pytest.raises(ValueError, match="client 0 cannot take this in"):
+        list(made.run("train", [Job(0, 1, bad, {"epochs": 1})]))
+
+
+@pytest.mark.parametrize("how", [How(), How(optimizer="flat"), How(precision="fp16", optimizer="flat")])
+def test_no_step_waits_for_the_device(
+    config: Config, tmp_path: Path, how: How, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(config, tmp_path / "run")
+    take, planted = Step._take, [False]
+
+    def watched(self: Step, indices: torch.Tensor) -> None:
+        with NoSynchronization():
+            take(self, indices)
+            if planted[0]:
+                self.loss.item()
+
+    monkeypatch.setattr(Step, "_take", watched)
+    jobs = [Job(0, 1, theta(config), {"epochs": 1})]
+    with engine(config, run, how) as made:
+        list(made.run("train", jobs))
+        planted[0] = True
+        with pytest.raises(AssertionError, match="makes the host wait"):
+            list(made.run("train", jobs))
+
+
+def test_nothing_private_is_handed_out(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leaves shares no memory with an arena, and holds what is shared alone; planted faults are noticed."""
+    run = begin(config, tmp_path / "run")
+    jobs = [Job(0, 1, theta(config), {"epochs": 1})]
+    with engine(config, run, How()) as made:
+        (result,) = made.run("train", jobs)
+        (step,) = made._rooms[0].steps.values()
+        block = step.arena.block
+        spans = range(block.data_ptr(), block.data_ptr() + len(block))
+        assert result.payload.keys() == {"theta"} and result.payload["theta"].data_ptr() not in spans
+        own = torch.cat([t.detach().flatten() for t in step.arena.theta()])
+        assert torch.equal(result.payload["theta"], own)
+        monkeypatch.setattr(made.federation, "pack", lambda theta: {"theta": own, "private": step.arena.weights})
+        with pytest.raises(ValueError, match="client 0 may not send this: 'private' must not be there"):
+            list(made.run("train", jobs))
+
+
+def test_arenas_stay_bound(config: Config, tmp_path: Path) -> None:
+    run = begin(config, tmp_path / "run")
+    with engine(config, run, How(precision="bf16")) as made:
+        rounds(config, made, run, 1)
+        for step in made._rooms[0].steps.values():
+            step.arena.check()
+
+
+def test_fp16_overflow_skips_the_step_and_is_counted(config: Config, tmp_path: Path) -> None:
+    run = begin(config, tmp_path / "run")
+    with engine(config, run, How(precision="fp16", optimizer="flat")) as made:
+        list(made.run("train", [Job(0, 1, theta(config), {"epochs": 1})]))
+        (step,) = made._rooms[0].steps.values()
+        assert step.scale is not None
+        step.scale.scale.fill_(2.0**40)  # overflows in fp16
+        (result,) = made.run("train", [Job(0, 2, theta(config), {"epochs": 1})])
+        assert result.metrics["skipped"] == result.metrics["samples"] // config.training.batch_size
+        assert result.metrics["rolled_back"] == 0 and step.scale.scale < 2.0**40
+
+
+def dropping(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    nn = torch.nn
+    width = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, 50), nn.Dropout(0.5)), nn.Linear(50, classes)
+
+
+class Viewing(torch.nn.Module):
+    """Cannot take channels-last images: `view` refuses them."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(shape[0], 2, 3)
+        self.linear = torch.nn.Linear(2 * (shape[1] - 2) * (shape[2] - 2), 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convolution(x)
+        out: torch.Tensor = self.linear(x.view(len(x), -1))
+        return out
+
+
+def viewing(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return Viewing(shape), torch.nn.Linear(50, classes)
+
+
+class Exploding(torch.nn.Module):
+    """Not finite in training."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(shape[0] * shape[1] * shape[2], 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x.flatten(1))
+        return out * float("inf") if self.training else out
+
+
+def exploding(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return Exploding(shape), torch.nn.Linear(50, classes)
