@@ -44,6 +44,8 @@ class Block:
     path: Path | None = None
     """Where to read it, if there is no buffer."""
     dropped: bool = False
+    readers: int = 0
+    """Snapshots that have not been read yet; until then it is kept, though its client may have gone on."""
 
 
 class Pool:

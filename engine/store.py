@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ class Store:
     down, the latest first: after what is expected comes what is not, then committed versions with a pending one
     beside them; of equals the lowest client moves first. What fits is not moved, and loading moves nothing.
 
-    All calls are made by one thread, but `read`, which any may make. On CUDA copies are enqueued on streams of the
-    store's own, one a direction, and regions must outlive them. The OSError of a failed write to a file comes from
-    the next `add`, `prefetch`, `load`, `save` or `commit`, before that changes anything; the block is still in
-    memory, and the write is tried again.
+    All calls are made by one thread, but `read` and those of snapshots, which any may make. On CUDA copies are enqueued
+    on streams of the store's own, one a direction, and regions must outlive them. The OSError of a failed write to a
+    file comes from the next `add`, `prefetch`, `load`, `save` or `commit`, before that changes anything; the block is
+    still in memory, and the write is tried again.
     """
 
     def __init__(self, device: torch.device, *, device_bytes: int, host_bytes: int, folder: Path) -> None:
@@ -45,10 +45,11 @@ class Store:
         self._held = dict.fromkeys(Tier, 0)  # their bytes
         self._committed: dict[int, Block] = {}
         self._pending: dict[int, Block] = {}
+        self._unread: list[Block] = []  # dropped but for snapshots
         self._uses: dict[int, deque[int]] = {}  # positions of each client's coming loads
         self._largest = 0
         self._closed = False
-        # Held while it changes where a block is, and while `read` looks that up.
+        # Held while it changes where a block is, and while a reader looks that up.
         self._lock = threading.Condition()
         self._inward, self._outward, self._aside = (torch.cuda.Stream(device) if cuda else None for _ in range(3))
         self._crossed = {"in": 0, "out": 0}  # bytes between device and host
@@ -187,10 +188,31 @@ class Store:
         while self._pending:
             self._drop(self._pending.popitem()[1])
 
-    def read(self, id: int) -> Tensor:  # uint8 [n], on the CPU
-        """A copy of the client's committed version, whatever else goes on. For any thread; blocks the host."""
+    def snapshot(self, id: int) -> Callable[[], Tensor]:
+        """What gives a copy, uint8 [n] on the CPU, of the client's version that is committed now.
+
+        To be called once, from any thread, whatever else goes on; it blocks the host. Until then that version stays,
+        in whatever tier, within the budgets.
+        """
         with self._lock:
             block = self._known(id)
+            block.readers += 1
+
+        def read() -> Tensor:
+            try:
+                return self._read(block)
+            finally:
+                with self._lock:
+                    block.readers -= 1
+
+        return read
+
+    def read(self, id: int) -> Tensor:  # uint8 [n], on the CPU
+        """A copy of the client's committed version, whatever else goes on. For any thread; blocks the host."""
+        return self.snapshot(id)()
+
+    def _read(self, block: Block) -> Tensor:
+        with self._lock:
             buffer, pool = block.buffer, self._pools[block.tier]
             if buffer is not None:
                 last = buffer.last
@@ -222,6 +244,8 @@ class Store:
             with self._lock:
                 block = self._committed.popitem()[1]
             self._drop(block)
+        while self._unread:
+            self._drop(self._unread.pop())
         self._staging.close()
         for pool in self._pools.values():
             pool.clear()
@@ -230,6 +254,11 @@ class Store:
         if self._closed:
             raise ValueError(f"the store in {self.folder} is closed")
         self._staging.settle()
+        with self._lock:
+            unread = [block for block in self._unread if not block.readers]
+        for block in unread:
+            self._unread.remove(block)
+            self._drop(block)
 
     def _known(self, id: int) -> Block:
         if id not in self._committed:
@@ -309,6 +338,10 @@ class Store:
             self._held[block.tier] -= block.size
 
     def _drop(self, block: Block) -> None:
+        with self._lock:
+            if block.readers and not self._closed:
+                self._unread.append(block)
+                return
         self._forget(block)
         block.dropped = True
         self._staging.drop(block)

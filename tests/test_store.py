@@ -362,3 +362,19 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(ValueError, match="closed"):
         store.commit()
+
+
+@pytest.mark.parametrize("host", [0, 3, 100])
+def test_a_snapshot_is_of_when_it_was_taken(tmp_path: Path, host: int) -> None:
+    with opened(tmp_path, host, 3) as store:
+        taken = {client: store.snapshot(client) for client in range(3)}
+        for version in (10, 20, 30):
+            for client in range(3):
+                store.save(client, region(version + client))
+            store.commit()
+        for client, read in taken.items():
+            assert torch.equal(read(), content(client, UNIT))
+            assert torch.equal(store.read(client), region(30 + client))
+        store.expect([])
+        store.commit()
+        assert sum(store.held.values()) == 3 * UNIT  # the old versions are gone
