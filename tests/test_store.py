@@ -90,6 +90,14 @@ def test_of_those_not_expected_the_lowest_goes_first(tmp_path: Path) -> None:
         assert in_memory(store) == {2, 8, 9}
 
 
+def test_a_load_that_happened_is_not_expected_any_more(tmp_path: Path) -> None:
+    with opened(tmp_path, 3, 3) as store:
+        store.expect([0, 9, 1, 2])
+        store.load(0, region(0))
+        store.add(9, content(9, UNIT))
+        assert in_memory(store) == {1, 2, 9}
+
+
 def test_a_large_block_moves_several_or_none(tmp_path: Path) -> None:
     with opened(tmp_path, 4, 4) as store:
         store.expect([0, 1, 10, 2, 3])
