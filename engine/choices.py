@@ -136,7 +136,8 @@ class Choices:
             return self._asked("data", wanted) if fits else self._refuse("data", wanted, why, "host")
         if fits and 4 * samples <= free:
             return self._take("data", "device", f"{takes} are at most a quarter of {amount(free)} free")
-        return self._take("data", "host", f"{takes} are more than a quarter of {amount(free)} free, or do not fit")
+        why = f"are more than a quarter of {amount(free)} free" if fits else f"do not fit in {amount(room)}"
+        return self._take("data", "host", f"{takes} {why}")
 
     def _work(self, low: int, room: int) -> Work:
         """Lanes, cohort and regions."""
@@ -195,8 +196,7 @@ class Choices:
             return self._take(name, most, f"{wanted_mb} MB were asked for, {amount(most)} can be had")
         if wanted:
             return self._take(name, wanted, f"engine.{where}_memory_mb asks for it: {wanted_mb} MB of {amount(most)}")
-        bound = least if least <= most else most
-        return self._take(name, bound, reason if least <= most else f"what is left, less than {reason}")
+        return self._take(name, min(least, most), reason if least <= most else f"what is left, less than {reason}")
 
     def _switch(self, name: str, wanted: str, missing: str, reason: str) -> bool:
         if wanted == "off":
