@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fedmoe import __version__
 from fedmoe.errors import OutputLost, UsageError, UserError
 from fedmoe.signals import handling
+
+if TYPE_CHECKING:
+    from fedmoe.config import Config
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-        if rest and args.command != "train":
+        if rest and args.command not in ("train", "plan"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(args, rest)
     try:
@@ -95,6 +98,10 @@ def _parser() -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
     evaluate.set_defaults(act=_evaluate, parser=evaluate)
 
+    plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(act=_plan)
+
     bench = commands.add_parser("bench", help="time the kernels against what else there is")
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="only this suite: kernels")
     bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
@@ -110,17 +117,28 @@ def _parser() -> Parser:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> None:
+    config = _config(rest, "train", "Train a federation.")
+    from fedmoe.run import train
+
+    train(config)
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> None:
+    config = _config(rest, "plan", "Show how the engine would train a federation here, and why (`--json`: as JSON).")
+    from fedmoe import planning
+
+    planning.run(config, args.json)
+
+
+def _config(words: list[str], command: str, does: str) -> "Config":
+    """The configuration from a file, if the first word is one, and from options."""
     from fedmoe import configfile
     from fedmoe.config import Config
 
     config = Config()
-    if rest and not rest[0].startswith("-"):
-        config = configfile.read(Path(rest.pop(0)))
-    config = configfile.override(config, rest)
-
-    from fedmoe.run import train
-
-    train(config)
+    if words and not words[0].startswith("-"):
+        config = configfile.read(Path(words.pop(0)))
+    return configfile.override(config, words, command, does)
 
 
 def _resume(args: argparse.Namespace, rest: list[str]) -> None:

@@ -148,6 +148,7 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
 def training_flops(client: Client) -> int:
     """FLOPs of forward and backward for one sample, counted on a copy, so that nothing of the client changes."""
     mixture = copy.deepcopy(client.mixture).train()
+    mixture.head = "plain"  # what kernels compute is not counted
     program = mixture.program()
     x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
     with globals_kept():

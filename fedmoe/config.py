@@ -138,11 +138,38 @@ class Checkpoint:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Engine:
-    """How the device does the work; whatever is chosen, the numbers agree within the precision of the type."""
+    """How the device does the work; whatever is chosen, the numbers agree within the precision of the type.
 
-    head: Literal["plain", "auto", "fused"] = "plain"
+    `fedmoe plan` shows what these come to on a machine; so far `fedmoe train` runs the plain loop, with `head`
+    unless `kind` is "reference".
+    """
+
+    kind: Literal["fast", "reference"] = "fast"
+    """`fast`: the engine, as `fedmoe plan` says; `reference`: the plain loop, on which nothing below has an effect."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """What steps compute in; the weights are kept in fp32. `auto`: bf16 on GPUs from compute capability 8.0, else fp32;
+    `fp16` scales the loss."""
+    head: Literal["plain", "auto", "fused"] = "auto"
     """Mix, header and loss by PyTorch's operators (`plain`), or by fused Triton kernels: where they can run (`auto`),
     or nowhere else (`fused`, an error where they cannot)."""
+    optimizer: Literal["auto", "flat", "torch", "apex"] = "auto"
+    """Who does the optimizer's step: the kernel over flat memory (`flat`), PyTorch, or NVIDIA apex, an error where that
+    is not there. `auto`: flat where the kernels can run, else PyTorch."""
+    streams: Literal["auto", "on", "off"] = "auto"
+    """Give each expert a CUDA stream, so that they run side by side. `auto`: where there are two."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Capture a step as a CUDA graph and replay it. `auto`: on every GPU."""
+    data: Literal["auto", "device", "host"] = "auto"
+    """Where the samples lie. `auto`: on the device if they take at most a quarter of its free memory."""
+    lanes: int = 0
+    """Clients, or cohorts of them, that train side by side on one GPU; 0 leaves it to the plan."""
+    cohort: int = 0
+    """Small clients of one architecture that train as one batched model, at most; 1 trains every client alone, 0 leaves
+    it to the plan."""
+    device_memory_mb: int = 0
+    """Budget for the states of clients in device memory, in MB (10^6 bytes); 0 leaves it to the plan."""
+    host_memory_mb: int = 0
+    """Budget for the states of clients in host memory, in MB; 0 leaves it to the plan. The rest is in files."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -25,10 +25,13 @@ LARGEST = {
     "data.image_size": 4096,
     "gate.hidden": 2**20,
     "training.momentum": 0.9999,
+    "engine.lanes": 64,
 }
 """Limits below the general ones, 2**31 - 1 for whole numbers and 1e6 for others: more cannot be meant."""
 
-FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"}
+FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"} | {
+    f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")
+}
 """Numbers that may be 0; all others but `data.mean` must be more."""
 
 
@@ -46,8 +49,10 @@ def read(path: Path) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-def override(config: Config, words: list[str]) -> Config:
-    """`config` with dotted command-line options applied, e.g. ["--federation.rounds", "50"]. `--help` prints and exits.
+def override(config: Config, words: list[str], command: str = "train", does: str = "Train a federation.") -> Config:
+    """`config` with dotted command-line options applied, e.g. ["--federation.rounds", "50"].
+
+    `--help` prints what `command` does, with all options, and exits.
 
     Raises UsageError for an unknown option, naming the nearest, and for a value that does not fit.
     """
@@ -63,8 +68,8 @@ def override(config: Config, words: list[str]) -> Config:
                 Config,
                 args=words,
                 default=config,
-                prog="fedmoe train [CONFIG.toml]",
-                description="Train a federation. Options win over the configuration file, which comes first.",
+                prog=f"fedmoe {command} [CONFIG.toml]",
+                description=f"{does} Options win over the configuration file, which comes first.",
                 use_underscores=True,
             )
     except SystemExit as stop:
@@ -134,6 +139,10 @@ def ignored(config: Config) -> list[str]:
             "dirichlet": ["partition.classes_per_client"],
             "iid": ["partition.alpha", "partition.classes_per_client"],
         }[c.partition.kind],
+        f'engine.kind = "{c.engine.kind}"': {
+            "fast": [],
+            "reference": [name for name in defaults if name.startswith("engine.") and name != "engine.kind"],
+        }[c.engine.kind],
     }
     return [
         f"{name} = {value} has no effect with {cause}"

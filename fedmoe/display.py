@@ -27,6 +27,11 @@ class Output(Console):
         raise OutputLost("nobody reads the output any more")
 
 
+def warn(text: str) -> None:
+    """A warning, on the error stream."""
+    Console(stderr=True).print(f"fedmoe: warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 class Display:
     """Shows a run's rounds as they pass; raises OutputLost if nobody takes it. Use it as a context manager."""
 

@@ -116,7 +116,7 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
     name = config.model.local[client % len(config.model.local)]
     local = _seeded(config.seed, "init/local", client, lambda: experts.build(name, shape, classes))
     if config.method == "local":
-        return Mixture(None, local, None, config.engine.head)
+        return Mixture(None, local, None, _head(config))
     shared = build_global(config, shape, classes)
     ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
     if ours != theirs:
@@ -128,7 +128,7 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
     if config.method == "fedmoe":
         features = math.prod(shape)
         gate = _seeded(config.seed, "init/gate", client, lambda: Gate(features, config.gate.hidden, config.gate.norm))
-    return Mixture(shared, local, gate, config.engine.head)
+    return Mixture(shared, local, gate, _head(config))
 
 
 def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -196,7 +196,12 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classe
 def check_head(config: Config, device: torch.device) -> None:
     """Raise UserError where `engine.head` asks for kernels that this device cannot run."""
     one = torch.ones(1, 2, device=device)
-    _takes(config.engine.head, gated_mix.gated_mix_supported, one, one, one)
+    _takes(_head(config), gated_mix.gated_mix_supported, one, one, one)
+
+
+def _head(config: Config) -> str:
+    """`engine.head`, which the plain loop has no part in."""
+    return "plain" if config.engine.kind == "reference" else config.engine.head
 
 
 def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Tensor | None) -> bool:

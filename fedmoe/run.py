@@ -6,20 +6,17 @@ import json
 import os
 import platform
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import fedmoe
-from fedmoe import checkpoint, configfile, metrics, mixture, partition
+from fedmoe import checkpoint, configfile, metrics, mixture, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
-from fedmoe.display import Output, accuracies, summary
-from fedmoe.engine.device import prepare
+from fedmoe.display import Output, accuracies, summary, warn
 from fedmoe.errors import OutputLost, UserError
 from fedmoe.files import write_atomic
 from fedmoe.partition import Split
@@ -43,27 +40,14 @@ def train(config: Config) -> Path:
     folder = Path(config.data.name).expanduser()
     if folder.is_dir():  # the run may be resumed from another working directory
         config = replace(config, data=replace(config.data, name=str(folder.resolve())))
-    device = _prepare(config, config.run.threads)
+    device = planning.device(config, config.run.threads)
     mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
-    n, classes = config.federation.clients, len(dataset.classes)
-    with warnings.catch_warnings(record=True) as caught:
-        split = partition.deal(dataset.labels, classes, config.partition, n, config.seed)
-    for warning in caught:
-        warn(str(warning.message))
-    _, channels, height, width = dataset.images.shape
-    shape = channels, height, width
-    for first, name in enumerate(config.model.local[:n]):
-        model = mixture.build(config, first, shape, classes)
-        owners = range(first, n, len(config.model.local))
-        smallest = min(owners, key=lambda client: len(split.train(client)))
-        batch = min(config.training.batch_size, len(split.train(smallest)))
-        mixture.rehearse(config, model, shape, classes, batch, f"model {name!r}, client {smallest}")
-    theta = (
-        {}
-        if config.method == "local"
-        else mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
-    )
+    split, shape, classes = planning.deal(config, dataset), planning.shape(dataset), len(dataset.classes)
+    planning.models(config, dataset, split)
+    theta = {}
+    if config.method != "local":
+        theta = mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
         _check_free(run)  # once more: another process may have been faster
@@ -176,13 +160,6 @@ def _open(run: Path) -> Config:
     return config
 
 
-def _prepare(config: Config, threads: int) -> torch.device:
-    try:
-        return prepare(config.run.device, threads, config.run.deterministic)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def _restore(config: Config, run: Path) -> torch.device:
     """The device, with the threads the run began with. Warns of versions that differ.
 
@@ -202,7 +179,7 @@ def _restore(config: Config, run: Path) -> torch.device:
         if value != began[name] and not name.startswith(FREE):
             differs = f"{name} is {value!r}, the run began with {began[name]!r}"
             raise UserError(f"{run / 'config.toml'}: {differs}: put it back, or start a new run")
-    device = _prepare(config, threads)
+    device = planning.device(config, threads)
     for name, value in environment(device).items():
         if then.get(name) != value:
             warn(f"{name} was {then.get(name)}, now {value}: the numbers may differ from an uninterrupted run's")
@@ -222,11 +199,6 @@ def _restore(config: Config, run: Path) -> torch.device:
     for entry in [manifest.server, *manifest.clients.values()]:
         checkpoint.load(run, entry)
     return device
-
-
-def warn(text: str) -> None:
-    """A warning, on the error stream."""
-    Console(stderr=True).print(f"fedmoe: warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

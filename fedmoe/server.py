@@ -18,9 +18,8 @@ class Server:
     def sample(self, number: int) -> list[int]:
         """The K = max(1, round(fraction * N)) clients of round `number`, ascending; the seed and the round decide."""
         n = self.config.federation.clients
-        k = max(1, round(self.config.federation.fraction * n))
         order = torch.randperm(n, generator=generator(self.config.seed, "sampling", number))
-        return sorted(order[:k].tolist())
+        return sorted(order[: per_round(self.config)].tolist())
 
     def jobs(self, number: int) -> list[Job]:
         """A training job for each client sampled in round `number`."""
@@ -38,6 +37,11 @@ class Server:
         uniform = self.config.federation.aggregation == "uniform"
         weights = [1.0 if uniform else r.weight for r in counted]
         return {name: _mean([r.payload[name] for r in counted], weights) for name in self.theta}
+
+
+def per_round(config: Config) -> int:
+    """K, the number of clients in a round."""
+    return max(1, round(config.federation.fraction * config.federation.clients))
 
 
 def _mean(updates: list[Tensor], weights: list[float]) -> Tensor:

@@ -42,7 +42,7 @@ def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_and_version_need_neither_torch_nor_the_extension() -> None:
-    for words in (["--help"], ["resume", "--help"], ["train", "--help"], ["--version"]):
+    for words in (["--help"], ["resume", "--help"], ["train", "--help"], ["plan", "--help"], ["--version"]):
         done = python(
             "import sys\nfrom fedmoe.cli import main\n"
             f"try:\n    main({words})\nexcept SystemExit as stop:\n    assert not stop.code\n"
@@ -64,7 +64,7 @@ def test_help_lists_commands_and_every_field(fedmoe: Fedmoe) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedmoe", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("train", "resume", "eval", "bench", "doctor"):
+    for command in ("train", "resume", "eval", "plan", "bench", "doctor"):
         assert f"\n    {command} " in done.stdout
 
 

@@ -125,6 +125,10 @@ def test_bad_option(words: list[str], complaint: str) -> None:
         ("data", "name", ""),
         ("gate", "norm", "bach"),
         ("data", "std", 0.0),
+        ("engine", "lanes", 65),
+        ("engine", "cohort", -1),
+        ("engine", "device_memory_mb", -1),
+        ("engine", "host_memory_mb", -1),
     ],
 )
 def test_values_that_cannot_be_meant(section: str, field: str, value: object) -> None:
@@ -147,6 +151,11 @@ def test_settings_without_effect_are_named() -> None:
     ]
     assert ignored(changed(Config(), partition={"kind": "iid", "alpha": 2.0})) == [
         'partition.alpha = 2.0 has no effect with partition.kind = "iid"'
+    ]
+    assert ignored(changed(Config(), engine={"lanes": 2, "graphs": "off"})) == []
+    assert ignored(changed(Config(), engine={"kind": "reference", "lanes": 2, "graphs": "off"})) == [
+        'engine.graphs = off has no effect with engine.kind = "reference"',
+        'engine.lanes = 2 has no effect with engine.kind = "reference"',
     ]
 
 

@@ -1,0 +1,185 @@
+"""`fedmoe plan`, and what it shares with the start of a run: device, split and models, all checked, and the sizes."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedmoe import configfile, mixture, partition
+from fedmoe.client import load_data
+from fedmoe.config import Config
+from fedmoe.data import Dataset
+from fedmoe.display import Output, warn
+from fedmoe.engine.choices import amount
+from fedmoe.engine.device import prepare
+from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
+from fedmoe.engine.plan import CHOICES, Plan, plan
+from fedmoe.engine.seeds import globals_kept
+from fedmoe.errors import UserError
+from fedmoe.gate import SwitchNorm
+from fedmoe.mixture import Mixture
+from fedmoe.partition import Split
+from fedmoe.server import per_round
+
+
+def run(config: Config, as_json: bool) -> None:
+    """Print the plan for `config` on this machine, as a table or as JSON. Raises UserError as a start of it would."""
+    configfile.check(config)
+    for line in configfile.ignored(config):
+        warn(line)
+    if config.engine.kind == "reference":
+        warn('engine.kind = "reference" needs no plan; this is the one of "fast"')
+    on = device(config, config.run.threads)
+    dataset = load_data(config.data, config.seed)
+    split = deal(config, dataset)
+    made, lines = make(config, sizes(config, dataset, split, models(config, dataset, split)), on)
+    for line in lines:
+        warn(line)
+    if as_json:
+        print(made.to_json())
+    else:
+        _print(Output(), made)
+
+
+def make(config: Config, given: Sizes, device: torch.device) -> tuple[Plan, list[str]]:
+    """The plan for `config` on this device as it is now, and its warnings. UserError where there is none."""
+    wanted = Wanted(**{f.name: getattr(config.engine, f.name) for f in fields(Wanted)})
+    try:
+        return plan(wanted, given, facts(device))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def device(config: Config, threads: int) -> torch.device:
+    """The device of the configuration, prepared. UserError where it is not there."""
+    try:
+        return prepare(config.run.device, threads, config.run.deterministic)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def deal(config: Config, dataset: Dataset) -> Split:
+    """The samples dealt to the clients; what is odd about that is told in warnings."""
+    classes, clients = len(dataset.classes), config.federation.clients
+    with warnings.catch_warnings(record=True) as caught:
+        split = partition.deal(dataset.labels, classes, config.partition, clients, config.seed)
+    for warning in caught:
+        warn(str(warning.message))
+    return split
+
+
+def shape(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width of an image."""
+    _, channels, height, width = dataset.images.shape
+    return channels, height, width
+
+
+def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]:
+    """An untrained mixture for each local model in use, by name, every one rehearsed with its smallest client's batch.
+
+    Raises UserError for the first that cannot train.
+    """
+    n, classes, made = config.federation.clients, len(dataset.classes), {}
+    for first, name in enumerate(config.model.local[:n]):
+        model = made[name] = mixture.build(config, first, shape(dataset), classes)
+        owners = range(first, n, len(config.model.local))
+        smallest = min(owners, key=lambda client: len(split.train(client)))
+        batch = min(config.training.batch_size, len(split.train(smallest)))
+        mixture.rehearse(config, model, shape(dataset), classes, batch, f"model {name!r}, client {smallest}")
+    return made
+
+
+def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture]) -> Sizes:
+    """What the engine's plan has to know of the federation, from the data set, the split and what `models` gives."""
+    n, names = config.federation.clients, config.model.local
+    owned = [names[client % len(names)] for client in range(n)]
+    largest = max(len(split.train(client)) for client in range(n))
+    held_out = max(len(split.test(client)) for client in range(n))
+    return Sizes(
+        architectures=tuple(
+            _architecture(config, name, owned.count(name), model, shape(dataset), len(dataset.classes))
+            for name, model in models.items()
+        ),
+        clients=n,
+        sampled=per_round(config),
+        batch=min(config.training.batch_size, largest),
+        evaluation_batch=min(config.evaluation.batch_size, held_out),
+        samples=dataset.images.nbytes + dataset.labels.nbytes,
+        branches=max(len(model.branches()) for model in models.values()),
+    )
+
+
+def _architecture(
+    config: Config, name: str, clients: int, model: Mixture, shape: tuple[int, int, int], classes: int
+) -> Architecture:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    buffers = sum(b.nbytes for b in model.buffers())
+    momentum = sum(p.nbytes for p in trainable) if config.training.momentum else 0
+    return Architecture(
+        name=name,
+        clients=clients,
+        trainable=sum(p.numel() for p in trainable),
+        frozen=sum(p.numel() for p in frozen),
+        buffers=buffers,
+        state=sum(p.nbytes for p in model.parameters()) + buffers + momentum,
+        activations=_kept(model, shape, classes),
+        batch_statistics=any(isinstance(module, _BatchNorm | SwitchNorm) for module in model.modules()),
+    )
+
+
+def _kept(model: Mixture, shape: tuple[int, int, int], classes: int) -> int:
+    """Bytes that the backward pass keeps for one sample, besides the model's own; found by a step on two, on a copy."""
+    model = copy.deepcopy(model).train()
+    model.head = "plain"
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with globals_kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Held until the sum is taken: a storage that is let go of could lend its address to the next.
+        loss, _ = model.join(model.program().run(torch.zeros(2, *shape)), torch.arange(2) % classes)
+    count = sum(size for address, size in kept.items() if address not in own)
+    del loss
+    return -(-count // 2)
+
+
+def _print(console: Console, made: Plan) -> None:
+    """The plan as two tables: what is decided and why, and what it takes."""
+    if not console.is_terminal:  # a file has no width that a table must keep
+        console.width = max(console.width, 160)
+    table = Table("field", "decided", "why")
+    for name in CHOICES:
+        value = getattr(made, name)
+        shown = ("on" if value else "off") if isinstance(value, bool) else str(value)
+        table.add_row(name, amount(value) if name.endswith("_bytes") else shown, Text(made.reasons[name]))
+    console.print(table)
+    p, where = made.predicted, "device" if made.device == "cuda" else "host"
+    rows = {
+        "states of clients, on the device": (p.states_device, where),
+        "states of clients, on the host": (p.states_host, "host"),
+        "states of clients, in files": (p.states_files, "files"),
+        "regions: states while clients train": (p.regions, where),
+        "gradients": (p.gradients, where),
+        "low-precision copies": (p.low_precision, where),
+        "activations and workspaces": (p.activations, where),
+        "samples": (p.samples, made.data),
+    }
+    table = Table("predicted", "", "where")
+    table.columns[1].justify = "right"
+    for name, (count, place) in rows.items():
+        if count:
+            table.add_row(name, amount(count), place)
+    console.print(table)
