@@ -24,9 +24,16 @@ def prepare(device: str, threads: int, deterministic: bool) -> torch.device:
         # cuBLAS reads this when its first handle is made; later it has no effect.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # fp32 means fp32: PyTorch lets cuDNN's convolutions round their inputs to TF32 unless told otherwise.
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    allow_tf32(False)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether fp32 products and convolutions on a GPU may round their operands to TF32."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.blocks import Handle
 from fedmoe.engine.member import Federation, Member
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
@@ -26,6 +27,8 @@ class _Room:
 
     region: Tensor  # uint8
     steps: dict[str, Step] = field(default_factory=dict)
+    left: Handle | None = None
+    """When the client that was here last will have gone out, if it has to."""
 
 
 class DeviceEngine:
@@ -62,15 +65,19 @@ class DeviceEngine:
         arrived = self._enter(ids[0], 0) if ids else None
         for i, job in enumerate(jobs):
             start = time.perf_counter()
-            member, step = self._members[job.client], self._step(job.client, i)
+            member, room = self._members[job.client], self._rooms[i % len(self._rooms)]
+            self._furnish(member, room)
             assert arrived is not None
             with phase("transfer in"):
                 arrived.wait()
             if len(self._rooms) > 1 and i + 1 < len(jobs):
                 arrived = self._enter(ids[i + 1], i + 1)
+            if (ahead := i + len(self._rooms)) < len(jobs):  # if it is in a file, it is read meanwhile
+                self._open(ids[ahead])
+                self.store.prefetch(ids[ahead])
             with globals_kept(), phase("client"):
                 payload = self._on_device(job.payload, member, sent)
-                result = work(member, step, job, payload, start)
+                result = work(member, room, job, payload, start)
             yield result
             if len(self._rooms) == 1 and i + 1 < len(jobs):
                 arrived = self._enter(ids[i + 1], i + 1)
@@ -107,7 +114,7 @@ class DeviceEngine:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # copies out of the old region
             room.region, room.steps = torch.zeros(layout.size, dtype=torch.uint8, device=self.device), {}
-        return self.store.load(id, room.region)
+        return self.store.load(id, room.region, room.left)
 
     def _open(self, id: int) -> None:
         """Have the client's member and block, if this is the first that is heard of it."""
@@ -123,14 +130,12 @@ class DeviceEngine:
         self.store.add(id, block)
         self._members[id] = member
 
-    def _step(self, id: int, place: int) -> Step:
-        """What trains clients of this one's architecture in the room that is its turn's."""
-        member, room = self._members[id], self._rooms[place % len(self._rooms)]
+    def _furnish(self, member: Member, room: _Room) -> None:
+        """Have in the room what trains clients of this one's architecture."""
         if member.architecture not in room.steps:
-            _, program, _ = self.federation.open(id)
+            _, program, _ = self.federation.open(member.id)
             arena = Arena(program, self._layouts[member.architecture], room.region, self.how.low)
             room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how)
-        return room.steps[member.architecture]
 
     def _on_device(self, payload: Payload, member: Member, sent: dict[int, Payload]) -> Payload:
         """The payload, checked, on the device: moved there once for all jobs that bring the same."""
@@ -142,7 +147,8 @@ class DeviceEngine:
             sent[id(payload)] = {name: t.to(self.device) for name, t in payload.items()}
         return sent[id(payload)]
 
-    def _train(self, member: Member, step: Step, job: Job, payload: Payload, start: float) -> Result:
+    def _train(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
+        step = room.steps[member.architecture]
         arena, federation = step.arena, self.federation
         if payload:
             federation.unpack(payload, arena.theta())
@@ -170,7 +176,7 @@ class DeviceEngine:
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return federation.outgoing("train", member, job.payload, 0, metrics)
         with phase("transfer out"):
-            self.store.save(member.id, arena.block)
+            room.left = self.store.save(member.id, arena.block)
         self._trained.add(member.id)
         metrics |= {"loss": loss / (epochs * steps), "accuracy": correct / samples}
         shared_now = federation.pack(arena.theta()) if member.schema else {}
@@ -183,8 +189,9 @@ class DeviceEngine:
         return torch.stack([entry.of(arena.block).isfinite().all() for entry in entries]).all()
 
     @torch.no_grad()
-    def _evaluate(self, member: Member, step: Step, job: Job, payload: Payload, start: float) -> Result:
+    def _evaluate(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
         """With the client's own theta, or with the job's where it brings one; neither changes the client."""
+        step = room.steps[member.architecture]
         if payload:
             self.federation.unpack(payload, step.arena.theta())
         loss = torch.zeros((), device=self.device)

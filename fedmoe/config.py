@@ -140,8 +140,7 @@ class Checkpoint:
 class Engine:
     """How the device does the work; whatever is chosen, the numbers agree within the precision of the type.
 
-    `fedmoe plan` shows what these come to on a machine; so far `fedmoe train` runs the plain loop, with `head`
-    unless `kind` is "reference".
+    `fedmoe plan` shows what these come to on a machine.
     """
 
     kind: Literal["fast", "reference"] = "fast"

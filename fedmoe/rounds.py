@@ -13,13 +13,13 @@ from types import FrameType
 
 import torch
 
+from fedmoe import engines
 from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
 from fedmoe.display import Display
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Result
 from fedmoe.errors import DiskError, OutputLost
 from fedmoe.metrics import Line, Log, spread
-from fedmoe.reference import ReferenceEngine
 from fedmoe.server import Server
 from fedmoe.signals import handling
 
@@ -38,11 +38,11 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
     hint = f"continue with: fedmoe resume {shlex.quote(str(run))}"
     with ExitStack() as stack:
         stop = stack.enter_context(_stopping())
+        engine = stack.enter_context(engines.opened(config, run, device, stop.event))
         writer = Writer(run)
-        stack.callback(writer.close)
+        stack.callback(writer.close)  # before the engine is: what it writes comes from there
         done = saved = writer.manifest.round
         server = Server(config, load(run, writer.manifest.server))
-        engine: Engine = ReferenceEngine(config, run, device, stop.event)
         log = stack.enter_context(Log(run, done))
         rounds = config.federation.rounds
         display = stack.enter_context(Display(rounds, done, len(server.sample(1))))

@@ -13,17 +13,16 @@ from pathlib import Path
 import torch
 
 import fedmoe
-from fedmoe import checkpoint, configfile, metrics, mixture, planning
+from fedmoe import checkpoint, configfile, engines, metrics, mixture, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, summary, warn
 from fedmoe.errors import OutputLost, UserError
 from fedmoe.files import write_atomic
 from fedmoe.partition import Split
-from fedmoe.reference import ReferenceEngine
 from fedmoe.rounds import evaluation, run_rounds
 
-STARTED = {".lock", "partition.safetensors", "environment.json", "server.r0.safetensors", "manifest.json"}
+STARTED = {".lock", "partition.safetensors", "environment.json", "plan.json", "server.r0.safetensors", "manifest.json"}
 """What a start that was killed can leave behind, besides temporary files; the next start overwrites it."""
 
 FREE = ("run.dir", "run.device", "run.threads", "federation.rounds", "data.name", "evaluation.", "checkpoint.")
@@ -44,7 +43,12 @@ def train(config: Config) -> Path:
     mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
     split, shape, classes = planning.deal(config, dataset), planning.shape(dataset), len(dataset.classes)
-    planning.models(config, dataset, split)
+    models = planning.models(config, dataset, split)
+    plan = None
+    if config.engine.kind == "fast":
+        plan, lines = planning.make(config, planning.sizes(config, dataset, split, models), device)
+        for line in lines:
+            warn(line)
     theta = {}
     if config.method != "local":
         theta = mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
@@ -55,6 +59,8 @@ def train(config: Config) -> Path:
         began = {"data": dataset.fingerprint, "partition": split.fingerprint, "config": configfile.flat(config)}
         write_atomic(run / "environment.json", json.dumps(environment(device) | began, indent=1).encode())
         checkpoint.create(run, theta)
+        if plan is not None:
+            engines.write(run, plan)
         # Last: with it, the folder is a run and can be resumed.
         write_atomic(run / "config.toml", configfile.save(config))
         _finish(config, run, device)
@@ -93,9 +99,9 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
         device = _restore(config, run)
         manifest = checkpoint.read_manifest(run)
         theta = checkpoint.load(run, manifest.server)
-        engine = ReferenceEngine(config, run, device)
         chosen = sorted(set(clients)) or list(range(n))
-        line = {"round": manifest.round} | evaluation(engine, manifest.round, chosen, theta, aggregated)
+        with engines.opened(config, run, device) as engine:
+            line = {"round": manifest.round} | evaluation(engine, manifest.round, chosen, theta, aggregated)
     if as_json:
         print(json.dumps(line))
     else:
@@ -126,6 +132,7 @@ def _cpu() -> str:
 
 
 def _finish(config: Config, run: Path, device: torch.device) -> None:
+    engines.sweep(run)
     run_rounds(config, run, device)
     console = Output()
     with contextlib.suppress(OutputLost, OSError):  # all is on disk
