@@ -38,6 +38,7 @@ def test_run_folder(finished: Path) -> None:
         ".lock",
         "config.toml",
         "environment.json",
+        "plan.json",
         "partition.safetensors",
         "metrics.jsonl",
         "checkpoints",
