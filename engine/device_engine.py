@@ -1,5 +1,6 @@
 """The engine: trains and evaluates many clients on one device, each brought in turn into a region of its memory."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,12 +13,13 @@ from torch.nn import functional as F
 
 from fedmoe.engine.arena import Arena, Layout
 from fedmoe.engine.blocks import Handle
+from fedmoe.engine.cohort_jobs import Cohorts
 from fedmoe.engine.member import Federation, Member
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Payload, Result, State, violations
 from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
-from fedmoe.engine.step import How, Step
+from fedmoe.engine.step import How, Step, Taken
 from fedmoe.engine.store import Store
 
 
@@ -35,7 +37,8 @@ class DeviceEngine:
     """See `fedmoe.engine.seam.Engine`.
 
     On a GPU there are two rooms: while a client trains in one, the next comes into the other and the last goes out of
-    it. Setting `stop` makes `run` raise Interrupted after the step it is in.
+    it. With `cohort` above 1, up to that many small clients of one architecture train as one batched model. Setting
+    `stop` makes `run` raise Interrupted after the step it is in.
     """
 
     def __init__(
@@ -46,7 +49,10 @@ class DeviceEngine:
         how: How,
         resident: bool = True,
         stop: threading.Event | None = None,
+        cohort: int = 1,
     ) -> None:
+        if cohort < 1:
+            raise ValueError(f"cohort is {cohort}, must be at least 1")
         self.federation, self.device, self.how, self.store = federation, device, how, store
         self.stop = stop or threading.Event()
         self._loader = Loader(federation.samples, device, resident)
@@ -55,9 +61,16 @@ class DeviceEngine:
         self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(2 if device.type == "cuda" else 1)]
         self._trained: set[int] = set()  # since the last commit
         self._changed: set[int] = set()
+        self._cohorts = Cohorts(self, cohort) if cohort > 1 else None
 
     def run(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
         """Yield a result for every job, in job order. Raises ValueError where a payload does not fit its client."""
+        if kind == "train" and self._cohorts is not None:
+            return self._cohorts.run(jobs)
+        return self._alone(kind, jobs)
+
+    def _alone(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
+        """One client after the other."""
         work = self._train if kind == "train" else self._evaluate
         ids = [job.client for job in jobs]
         self.store.expect(ids)
@@ -149,37 +162,62 @@ class DeviceEngine:
 
     def _train(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
         step = room.steps[member.architecture]
-        arena, federation = step.arena, self.federation
-        if payload:
-            federation.unpack(payload, arena.theta())
-            if federation.optimizer.reset_theta:
-                momenta = arena.momenta()
-                shared = [momenta[name] for name in momenta if f"model/{name}" in arena.layout.theta]
-                torch._foreach_zero_(shared)
+        arena = step.arena
+        self._receive(payload, arena.layout, arena.block)
         step.begin()
-        epochs, size = int(job.settings["epochs"]), member.batch_size
-        steps = member.training // size  # the last partial batch is dropped
-        for epoch in range(epochs):
-            place = (member.id, job.round, epoch)
-            drawn = torch.randperm(member.training, generator=generator(federation.seed, "order", *place))
-            seed_globals(derive(federation.seed, "dropout", *place))
-            for _ in step.epoch(member.samples[drawn[: steps * size]].view(steps, size)):
+        steps = 0
+        for epoch in range(int(job.settings["epochs"])):
+            order = self._order(member, job, epoch)
+            seed_globals(derive(self.federation.seed, "dropout", member.id, job.round, epoch))
+            for _ in step.epoch(order):
                 if self.stop.is_set():
                     raise Interrupted
+            steps += len(order)
         finite = self._finite(member, arena)
         loss, correct, whole = torch.stack([step.loss.double(), step.correct.double(), finite.double()]).tolist()
-        samples = epochs * steps * size
-        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0}
-        if step.scale is not None:
-            metrics["skipped"] = int(step.scale.skipped)
-        if not whole or loss != loss or abs(loss) == float("inf"):
+        more: Metrics = {} if step.scale is None else {"skipped": int(step.scale.skipped)}
+        return self._outcome(member, room, arena.layout, job, Taken(steps, loss, correct, bool(whole)), start, more)
+
+    def _receive(self, payload: Payload, layout: Layout, block: Tensor) -> None:
+        """Let the client whose block this is take in what is on the device."""
+        if not payload:
+            return
+        self.federation.unpack(payload, [layout.entries[name].of(block) for name in layout.theta])
+        if self.federation.optimizer.reset_theta:
+            momenta = (name.replace("model/", "momentum/", 1) for name in layout.theta)
+            shared = [layout.entries[name].of(block) for name in momenta if name in layout.entries]
+            torch._foreach_zero_(shared)
+
+    def _order(self, member: Member, job: Job, epoch: int) -> Tensor:
+        """int64 [steps, B]: the samples of an epoch's batches; the last partial batch is dropped."""
+        place, size = (member.id, job.round, epoch), member.batch_size
+        drawn = torch.randperm(member.training, generator=generator(self.federation.seed, "order", *place))
+        steps = member.training // size
+        return member.samples[drawn[: steps * size]].view(steps, size)
+
+    def _outcome(
+        self,
+        member: Member,
+        room: _Room,
+        layout: Layout,
+        job: Job,
+        taken: Taken,
+        start: float,
+        more: Metrics | None = None,
+    ) -> Result:
+        """Keep the client that is in the room, unless it is not finite, and let its result out."""
+        federation, block = self.federation, room.region[: layout.size]
+        samples = taken.steps * member.batch_size
+        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0, **(more or {})}
+        if not taken.finite or not math.isfinite(taken.loss):
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return federation.outgoing("train", member, job.payload, 0, metrics)
         with phase("transfer out"):
-            room.left = self.store.save(member.id, arena.block)
+            room.left = self.store.save(member.id, block)
         self._trained.add(member.id)
-        metrics |= {"loss": loss / (epochs * steps), "accuracy": correct / samples}
-        shared_now = federation.pack(arena.theta()) if member.schema else {}
+        metrics |= {"loss": taken.loss / taken.steps, "accuracy": taken.correct / samples}
+        theta = [layout.entries[name].of(block) for name in layout.theta]
+        shared_now = federation.pack(theta) if member.schema else {}
         metrics["seconds"] = time.perf_counter() - start
         return federation.outgoing("train", member, shared_now, member.training, metrics)
 

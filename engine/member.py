@@ -62,6 +62,10 @@ class Federation(Protocol):
         """The member, a program of its architecture on the CPU, and its state as the last checkpoint has it."""
         ...
 
+    def batchable(self, client: int) -> Program:
+        """A program of the client's architecture, with anyone's state, of operators that torch.func.vmap batches."""
+        ...
+
     def pack(self, theta: Sequence[Tensor]) -> Payload:
         """The payload, on the CPU, of what a member shares, as views of its arena."""
         ...

@@ -4,8 +4,9 @@ On a GPU nothing in it makes the host wait: loss, hits and which batch comes nex
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ class How:
     def low(self) -> torch.dtype | None:
         """The dtype of parameters' copies and of autocast; None: fp32."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+
+class Taken(NamedTuple):
+    """What a client's training in a round gave, besides what it has become."""
+
+    steps: int
+    loss: float
+    """Sum over the steps."""
+    correct: float
+    finite: bool
+    """Whether all that must be finite is."""
 
 
 class Step:
@@ -143,28 +155,39 @@ class Step:
         changing = [self.arena.block, self.loss, self.correct]
         if self.scale is not None:
             changing += [self.scale.scale, self.scale.steps, self.scale.skipped]
-        kept = [tensor.clone() for tensor in changing]
 
         def step() -> None:
             self._take(rows.index_select(0, self._next).view(size))
             self._next.add_(1).remainder_(len(rows))
 
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        for parameter in self.arena.parameters.values():
-            parameter.grad = None  # or the graph would add to what the warm-up left
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        for tensor, value in zip(changing, kept, strict=True):
-            tensor.copy_(value)
+        def ready() -> None:  # or the graph would add to what the warm-up left
+            for parameter in self.arena.parameters.values():
+                parameter.grad = None
+
+        graph = captured(step, changing, ready)
         self.arena.refresh()
         self._next.zero_()
         return graph
+
+
+def captured(
+    step: Callable[[], None], changing: Sequence[Tensor], ready: Callable[[], None] = lambda: None
+) -> torch.cuda.CUDAGraph:
+    """Capture a step; warming up takes some, so `changing` is put back after. `ready` is called before the capture."""
+    kept = [tensor.clone() for tensor in changing]
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    current.wait_stream(side)
+    ready()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    for tensor, value in zip(changing, kept, strict=True):
+        tensor.copy_(value)
+    return graph
 
 
 def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def opened(config: Config, run: Path, device: torch.device, stop: threading.Even
     folder = run / f".states-{os.getpid()}"
     with Store(device, device_bytes=plan.device_bytes, host_bytes=plan.host_bytes, folder=folder) as store:
         resident = plan.data == "device" or device.type == "cpu"
-        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop)
+        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop, plan.cohort)
 
 
 def sweep(run: Path) -> None:

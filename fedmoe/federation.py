@@ -1,6 +1,7 @@
 """The run's federation, as an engine is given it: its samples, its members, and the one door out of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,11 @@ class Federation:
         """The member, a program of its architecture, and its state as the last checkpoint has it."""
         opened = open_client(self._config, client, self._run, torch.device("cpu"))
         return self._member(opened), opened.program, opened.state()
+
+    def batchable(self, client: int) -> Program:
+        """A program of the client's architecture with the plain head: vmap runs the fused one row by row."""
+        config = replace(self._config, engine=replace(self._config.engine, head="plain"))
+        return open_client(config, client, self._run, torch.device("cpu")).program
 
     def pack(self, theta: Sequence[Tensor]) -> Payload:
         """The payload {"theta": fp32 [P]} on the CPU."""

@@ -32,9 +32,9 @@ class SwitchNorm(nn.Module):
         layer_var, layer_mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
         if self.training:
             batch_var, batch_mean = torch.var_mean(x, dim=0, correction=0)
-            with torch.no_grad():
-                self.running_mean.lerp_(batch_mean, self.momentum)
-                self.running_var.lerp_(batch_var, self.momentum)
+            with torch.no_grad():  # not by lerp_, which vmap runs row by row
+                self.running_mean += self.momentum * (batch_mean - self.running_mean)
+                self.running_var += self.momentum * (batch_var - self.running_var)
         else:
             batch_mean, batch_var = self.running_mean, self.running_var
         m, v = self.mean_mix.softmax(0), self.var_mix.softmax(0)

@@ -1,0 +1,176 @@
+"""Trains jobs in cohorts: which go together, bringing them in and out, and results in the jobs' order."""
+
+import math
+import time
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmoe.engine.arena import Layout
+from fedmoe.engine.cohort import Cohort, cohort_supported
+from fedmoe.engine.fit import LARGE
+from fedmoe.engine.member import Member
+from fedmoe.engine.program import Program
+from fedmoe.engine.ranges import phase
+from fedmoe.engine.seam import Interrupted, Job, Payload, Result
+from fedmoe.engine.seeds import derive, globals_kept, seed_globals
+from fedmoe.engine.step import Taken
+
+if TYPE_CHECKING:
+    from fedmoe.engine.device_engine import DeviceEngine
+
+
+def grouped(keys: Sequence[Hashable], clients: Sequence[int], most: int) -> list[list[int]]:
+    """The places of jobs in groups of up to `most` of one key, no client twice in a group.
+
+    Each job goes to its key's first group with room after the last one that its client is in. So the groups of a key,
+    taken in order, train a client in the order of its jobs. And they still do if those of one job come after all
+    others: behind a group that has room are only clients that it has too, of which a group of one has one.
+    """
+    groups: dict[Hashable, list[list[int]]] = {}
+    after: dict[tuple[Hashable, int], int] = {}
+    for place, (key, client) in enumerate(zip(keys, clients, strict=True)):
+        own = groups.setdefault(key, [])
+        first = after.get((key, client), 0)
+        at = next((i for i in range(first, len(own)) if len(own[i]) < most), len(own))
+        if at == len(own):
+            own.append([])
+        own[at].append(place)
+        after[key, client] = at + 1
+    return sorted(group for own in groups.values() for group in own)
+
+
+class Cohorts:
+    """Trains the jobs of `engine`, up to `most` clients of one architecture and batch size at a time.
+
+    It is a part of the engine and works on what is inside. Clients that nobody goes with, large ones, and those whose
+    modules cannot be batched (with a warning) train alone, after the others. The next cohort comes in when one has
+    gone out, not while it trains.
+    """
+
+    def __init__(self, engine: "DeviceEngine", most: int) -> None:
+        self._engine, self._most = engine, most
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._cohorts: dict[tuple[str, int], Cohort] = {}  # by architecture and rows, all over the same memory
+        self._programs: dict[str, Program | None] = {}  # None: cannot be batched
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield a result for every job, in job order."""
+        done: dict[int, Result] = {}
+        given = 0
+        for place, result in self._results(jobs):
+            done[place] = result
+            while given in done:
+                yield done.pop(given)
+                given += 1
+
+    def _results(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
+        """Results as they come, with the job's place."""
+        together, alone = self._shared_out(jobs)
+        self._engine.store.expect([jobs[place].client for group in [*together, alone] for place in group])
+        sent: dict[int, Payload] = {}
+        for group in together:
+            yield from zip(group, self._train([jobs[place] for place in group], sent), strict=True)
+        yield from zip(alone, self._engine._alone("train", [jobs[place] for place in alone]), strict=True)
+
+    def _shared_out(self, jobs: Sequence[Job]) -> tuple[list[list[int]], list[int]]:
+        """Which jobs, by place, make a cohort, and which are done alone."""
+        keys: list[Hashable] = []
+        for place, job in enumerate(jobs):
+            member, layout = self._known(job.client)
+            large = _trainable(layout) >= LARGE
+            keys.append(place if large else (member.architecture, member.batch_size))
+        together, alone = [], []
+        for group in grouped(keys, [job.client for job in jobs], self._most):
+            if len(group) > 1 and self._program(jobs[group[0]].client) is not None:
+                together.append(group)
+            else:
+                alone += group
+        return together, sorted(alone)
+
+    def _program(self, client: int) -> Program | None:
+        """The architecture's program for cohorts; None if it cannot be batched."""
+        engine = self._engine
+        member, layout = self._known(client)
+        if member.architecture not in self._programs:
+            program = engine.federation.batchable(client)
+            assert Layout.of(program) == layout
+            able, why = cohort_supported(program, layout, engine._loader, engine.how)
+            if not able:
+                warnings.warn(f"clients of architecture {member.architecture!r} train alone: {why}", stacklevel=2)
+            self._programs[member.architecture] = program if able else None
+        return self._programs[member.architecture]
+
+    def _cohort(self, client: int, rows: int) -> Cohort:
+        engine = self._engine
+        member, layout = self._known(client)
+        key = member.architecture, rows
+        if len(self._memory) < (size := Cohort.bytes(layout, rows)):
+            self._cohorts.clear()  # with their views
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8, device=engine.device)
+        if key not in self._cohorts:
+            program = self._program(client)
+            assert program is not None
+            optimizer = engine.federation.optimizer
+            self._cohorts[key] = Cohort(program, layout, rows, self._memory, engine._loader, optimizer, engine.how)
+        return self._cohorts[key]
+
+    def _train(self, jobs: Sequence[Job], sent: dict[int, Payload]) -> list[Result]:
+        engine, start = self._engine, time.perf_counter()
+        known = [self._known(job.client) for job in jobs]
+        members, layout = [member for member, _ in known], known[0][1]
+        cohort = self._cohort(jobs[0].client, len(jobs))
+        with globals_kept(), phase("client"):
+            for row, (member, job) in enumerate(zip(members, jobs, strict=True)):
+                cohort.put(row, self._brought(member, job, row, layout, sent))
+            epochs = [int(job.settings["epochs"]) for job in jobs]
+            orders = [
+                torch.cat([engine._order(member, job, epoch) for epoch in range(n)])
+                for member, job, n in zip(members, jobs, epochs, strict=True)
+            ]
+            cohort.begin(orders)
+            # What is drawn in a cohort is not what any of its clients would draw alone.
+            seed_globals(derive(engine.federation.seed, "dropout/cohort", jobs[0].client, jobs[0].round))
+            for _ in cohort.steps():
+                if engine.stop.is_set():
+                    raise Interrupted
+            names = sorted({name for member in members for name in member.finite})
+            scalars = torch.stack([cohort.loss.double(), cohort.correct.double()])
+            loss, correct, *finite = torch.cat([scalars, cohort.finite(names).double()]).tolist()
+        share = (time.perf_counter() - start) / len(jobs)  # so that the clients' seconds add up
+        results = []
+        for row, (member, job) in enumerate(zip(members, jobs, strict=True)):
+            start = time.perf_counter() - share
+            room = engine._rooms[row % len(engine._rooms)]
+            if room.left is not None:
+                room.left.wait()
+            cohort.get(row, room.region[: layout.size])
+            whole = all(finite[names.index(name)][row] for name in member.finite)
+            taken = Taken(len(orders[row]), loss[row], correct[row], whole)
+            results.append(engine._outcome(member, room, layout, job, taken, start))
+        return results
+
+    def _brought(self, member: Member, job: Job, row: int, layout: Layout, sent: dict[int, Payload]) -> Tensor:
+        """The client's block, uint8 [size], in a room of the engine's, with the job's payload taken in."""
+        engine = self._engine
+        room, arrived = engine._rooms[row % len(engine._rooms)], engine._enter(member.id, row)
+        with phase("transfer in"):
+            arrived.wait()
+        room.left = None  # who comes next waits for the current stream, which will have copied the block
+        block = room.region[: layout.size]
+        engine._receive(engine._on_device(job.payload, member, sent), layout, block)
+        return block
+
+    def _known(self, client: int) -> tuple[Member, Layout]:
+        self._engine._open(client)
+        member = self._engine._members[client]
+        return member, self._engine._layouts[member.architecture]
+
+
+def _trainable(layout: Layout) -> int:
+    """Parameters."""
+    return sum(math.prod(entry.shape) for name, entry in layout.entries.items() if name.startswith("momentum/"))
