@@ -126,6 +126,8 @@ class Cohorts:
         cohort = self._cohort(jobs[0].client, len(jobs))
         with globals_kept(), phase("client"):
             for row, (member, job) in enumerate(zip(members, jobs, strict=True)):
+                for following in jobs[row + 1 : row + 2]:  # if it is in a file, it is read meanwhile
+                    engine.store.prefetch(following.client)
                 cohort.put(row, self._brought(member, job, row, layout, sent))
             epochs = [int(job.settings["epochs"]) for job in jobs]
             orders = [
@@ -148,6 +150,7 @@ class Cohorts:
             room = engine._rooms[row % len(engine._rooms)]
             if room.left is not None:
                 room.left.wait()
+                room.left = None  # as above: unless this client is kept, nothing else says when the room is free
             cohort.get(row, room.region[: layout.size])
             whole = all(finite[names.index(name)][row] for name in member.finite)
             taken = Taken(len(orders[row]), loss[row], correct[row], whole)
