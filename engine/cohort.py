@@ -151,7 +151,11 @@ class Cohort:
         if size not in self._graphs:
             every = self._place[: len(self._place) // (rows * size) * rows * size].view(-1, rows, size)
             changing = [self._memory, self.loss, self.correct, self._next]
-            self._graphs[size] = captured(lambda: self._take(every.index_select(0, self._next)[0]), changing)
+
+            def step() -> None:  # warming up may take more of them than there are
+                self._take(every.index_select(0, self._next.remainder(len(every)))[0])
+
+            self._graphs[size] = captured(step, changing)
         return self._graphs[size]
 
     def _take(self, indices: Tensor) -> None:  # int64 [K, B], where the samples are
