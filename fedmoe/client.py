@@ -61,7 +61,7 @@ class Client:
         mixture.unpack(payload, mixture.theta_tensors(self.global_expert))
         if self.config.training.theta_momentum == "reset":
             for parameter in self.global_expert.parameters():
-                if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                if (momentum := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
                     momentum.zero_()
 
     @contextmanager

@@ -128,6 +128,8 @@ class Bench:
     def __init__(self, benchmark: Any, node: pytest.Item, full: bool) -> None:
         self.full = full
         """Whether it is timed on a GPU: worth compiling and tuning for."""
+        self.timed = bool(benchmark.enabled)
+        """Whether it is timed at all; without, once is enough, and the less the better."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._benchmark, self._node = benchmark, node
 
