@@ -33,11 +33,11 @@ def test_the_plan_decides(config: Config, tmp_path: Path) -> None:
     run = begin(config, tmp_path / "run")
     with engines.opened(config, run, CPU) as made:
         assert isinstance(made, ReferenceEngine)
-    config = changed(config, engine={"optimizer": "flat", "precision": "bf16", "host_memory_mb": 1})
+    config = changed(config, engine={"precision": "fp16", "host_memory_mb": 1})
     engines.write(run, plan(config))
     with engines.opened(config, run, CPU) as made:
         assert isinstance(made, DeviceEngine)
-        assert made.how.optimizer == "flat" and made.how.precision == "bf16"
+        assert made.how.optimizer == "flat" and made.how.precision == "fp16"
         jobs = [Job(client, 1, theta(config), {"epochs": 1}) for client in range(5)]
         assert all(result.weight > 0 for result in made.run("train", jobs))
         assert made.store.held["file"] > 0 and made.store.held["host"] <= 10**6
