@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fedmoe.engine.arena import Arena, Layout
 from fedmoe.engine.blocks import Handle
+from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.member import Federation, Member
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
@@ -49,6 +50,7 @@ class DeviceEngine:
     ) -> None:
         self.federation, self.device, self.how, self.store = federation, device, how, store
         self.stop = stop or threading.Event()
+        allow_tf32(how.precision == "tf32")
         self._loader = Loader(federation.samples, device, resident)
         self._members: dict[int, Member] = {}
         self._layouts: dict[str, Layout] = {}
