@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,6 +151,15 @@ class DeviceEngine:
         return sent[id(payload)]
 
     def _train(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
+        """One client's training; where device memory does not suffice, again, in smaller parts of batches."""
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self._trained_in_parts(member, room, job, payload, start)
+            # Here no frame holds the tensors of the step that failed any more.
+            room.steps[member.architecture].halve(member.batch_size, f"client {member.id}, {member.architecture}")
+            self.store.load(member.id, room.region, room.left).wait()
+
+    def _trained_in_parts(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
         step = room.steps[member.architecture]
         arena, federation = step.arena, self.federation
         if payload:
@@ -171,7 +181,7 @@ class DeviceEngine:
         finite = self._finite(member, arena)
         loss, correct, whole = torch.stack([step.loss.double(), step.correct.double(), finite.double()]).tolist()
         samples = epochs * steps * size
-        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0}
+        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0, "parts": step.parts}
         if step.scale is not None:
             metrics["skipped"] = int(step.scale.skipped)
         if not whole or loss != loss or abs(loss) == float("inf"):

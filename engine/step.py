@@ -16,6 +16,7 @@ from fedmoe.engine.optimizers import Scale, optimizer
 from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
+from fedmoe.engine.seam import Refused
 from fedmoe.engine.seeds import globals_kept
 
 
@@ -50,6 +51,8 @@ class Step:
         self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
         count = len(arena.program.branches) - 1 if how.streams and self.device.type == "cuda" else 0
         self._streams = [torch.cuda.Stream(self.device) for _ in range(count)]
+        self.parts = 1
+        """How many parts a batch is taken in, one after the other, for want of memory."""
         self._channels_last = how.channels_last and self._takes_channels_last()
         self.loss = torch.zeros((), device=self.device)
         """Sum over the steps since `begin`."""
@@ -61,6 +64,7 @@ class Step:
     def begin(self) -> None:
         """A client has come into the arena."""
         self.arena.refresh()
+        self.optimizer.clear()
         self.loss.zero_()
         self.correct.zero_()
         if self.scale is not None:
@@ -105,19 +109,42 @@ class Step:
         return False
 
     def _take(self, indices: Tensor) -> None:
-        with phase("batch"):
-            x, y = self._loader.batch(indices, self._channels_last)
-        with autocast(self.device, self._how.low):
-            outputs = branches(self.arena.program, x, self._streams)
-            with phase("header"):
-                loss, hits = self.arena.program.join(outputs, y)
         self.optimizer.begin()
-        with phase("backward"):
-            (loss if self.scale is None else loss * self.scale.scale).backward()
+        for part in indices.chunk(self.parts):
+            with phase("batch"):
+                x, y = self._loader.batch(part, self._channels_last)
+            with autocast(self.device, self._how.low):
+                outputs = branches(self.arena.program, x, self._streams)
+                with phase("header"):
+                    loss, hits = self.arena.program.join(outputs, y)
+            if self.parts > 1:
+                loss = loss * (len(part) / len(indices))
+            with phase("backward"):
+                (loss if self.scale is None else loss * self.scale.scale).backward()
+            if self.parts > 1:
+                self.optimizer.add()
+            self.loss += loss.detach()
+            self.correct += hits
         with phase("optimizer"):
             self.optimizer.step()
-        self.loss += loss.detach()
-        self.correct += hits
+
+    def halve(self, batch: int, who: str) -> None:
+        """Take batches in twice as many parts from now on, because device memory did not suffice for `who`.
+
+        Raises Refused where that is not possible: a sample is the least, and batch statistics are of whole batches.
+        """
+        modules = self.arena.program.modules
+        whole = any(name.endswith("running_mean") for name, _ in modules.named_buffers())
+        if whole or 2 * self.parts > batch:
+            why = "its normalization needs whole batches" if whole else f"it takes them in {self.parts} parts already"
+            raise Refused(
+                f"{who}: out of device memory with batches of {batch}, and {why}: lower training.batch_size, or give "
+                "the states of clients less device memory (engine.device_memory_mb)"
+            )
+        self.parts *= 2
+        self._graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph:
         """The graph for batches of this size, with `order` in place; captured if there is none yet."""

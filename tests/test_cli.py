@@ -565,6 +565,30 @@ def fail_in_round_3() -> None:
     DeviceEngine._train = failing  # type: ignore[assignment, method-assign]
 
 
+def test_memory_that_does_not_suffice_is_told_once(tmp_path: Path) -> None:
+    done = Command(tmp_path, "train", *SMALL, "--run.dir=run", plant=little_memory).wait()
+    told = [line for line in done.out.splitlines() if "out of device memory" in line]
+    assert done.code == 0 and len(told) == 5
+    assert told[0] == "round 1: out of device memory: client 0 takes batches in 4 parts"
+    assert metrics.read(tmp_path / "run")[1]["parts"] == {str(client): 4 for client in range(5)}
+    done = Command(tmp_path, "train", *SMALL, "--run.dir=other", "--gate.norm=paper", plant=little_memory).wait()
+    assert "needs whole batches: lower training.batch_size" in done.one_line()
+
+
+def little_memory() -> None:
+    """Have this process find memory for 20 samples at a time in training."""
+    from fedmoe.engine import step
+
+    limited = step.branches
+
+    def branches(program: Any, x: torch.Tensor, streams: Any) -> Any:
+        if program.modules.training and len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return limited(program, x, streams)
+
+    step.branches = branches
+
+
 def test_metrics_that_the_disk_refuses_between_checkpoints(tmp_path: Path, fedmoe: Fedmoe) -> None:
     words = ("train", *SMALL, "--run.dir=run", "--federation.rounds=50", "--checkpoint.every=100")
     done = Command(tmp_path, *words, plant=fill_disk_in_round_3).wait()

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.seam import Interrupted, Job
+from fedmoe.engine import step as steps
+from fedmoe.engine.program import Program
+from fedmoe.engine.seam import Interrupted, Job, Refused
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
@@ -241,6 +243,53 @@ def test_fp16_overflow_skips_the_step_and_is_counted(config: Config, tmp_path: P
         taken = result.metrics["samples"]
         assert isinstance(taken, int) and result.metrics["skipped"] == taken // made._members[0].batch_size
         assert result.metrics["rolled_back"] == 0 and step.scale.scale < 2.0**40
+
+
+PARTS = {"torch": PLAIN, "flat": replace(PLAIN, optimizer="flat")} | {
+    f"{optimizer}, {low}": replace(PLAIN, optimizer=optimizer, precision=low)
+    for optimizer, low in (("torch", "bf16"), ("flat", "bf16"), ("flat", "fp16"))
+}
+
+
+@pytest.mark.parametrize("how", PARTS)
+def test_out_of_memory_halves_the_batches_parts(
+    config: Config, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has memory for 6 samples at a time: batches of 16 are taken in four parts, with the same result."""
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run, PARTS[how])
+    limited = steps.branches
+
+    def branches(program: Program, x: torch.Tensor, streams: list[torch.cuda.Stream]) -> dict[str, torch.Tensor]:
+        if program.modules.training and len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return limited(program, x, streams)
+
+    monkeypatch.setattr(steps, "branches", branches)
+    found = outcome(config, run, PARTS[how])
+    assert {result.metrics.pop("parts") for result in found.train} == {4}
+    assert_close(found, expected, TOLERANCE[PARTS[how].precision])
+
+
+def test_out_of_memory_without_a_way_out_is_one_line(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    for norm, why in (
+        ("none", "it takes them in 16 parts already"),
+        ("paper", "its normalization needs whole batches"),
+    ):
+        run = begin(changed(config, gate={"norm": norm}), tmp_path / norm)
+        with engine(changed(config, gate={"norm": norm}), run, PLAIN) as made:
+            job = Job(0, 1, theta(config), {"epochs": 1})
+            made._open(0)
+            monkeypatch.setattr(Step, "_take", full)
+            with pytest.raises(Refused, match=rf"client 0, cnn-1: out of device memory with batches of 16, and {why}"):
+                list(made.run("train", [job]))
+            made.rollback()
+        monkeypatch.undo()
 
 
 def dropping(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
