@@ -139,11 +139,16 @@ def gated_head_denominator(
     class_weights: Tensor | None = None,  # [C]
     ignore_index: int = -100,
 ) -> Tensor:  # [] fp32
-    """What `mean` divides by: the summed class weights, or the number, of the rows that count. On the device."""
+    """What `mean` divides by: the summed class weights, or the number, of the rows that count. On the device.
+
+    With class weights a target out of range makes it NaN.
+    """
     kept = targets != ignore_index
     if class_weights is None:
         return kept.sum().float()
-    return class_weights.float()[targets.where(kept, 0).long()].where(kept, 0).sum()
+    known = (targets >= 0) & (targets < len(class_weights))
+    rows = class_weights.float()[targets.where(known, 0).long()]
+    return rows.where(known, float("nan")).where(kept, 0).sum()
 
 
 def _check(
