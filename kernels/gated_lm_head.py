@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
-from fedmoe.kernels.gated_head import BUFFERS, check_options, check_shapes
-from fedmoe.kernels.gated_head_launch import Inputs, Options, unmultiplied
+from fedmoe.kernels.gated_head import BUFFERS, check_options
+from fedmoe.kernels.gated_head_launch import Inputs, Options, misfit, too_far, unmultiplied
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES, Gradients, Scratch, slab_shape, sweep
 from fedmoe.kernels.launch import FLOATS, fits, refusal
 
@@ -122,7 +122,8 @@ def gated_lm_head_supported(
     token_weights: Tensor | None = None,  # [B]
 ) -> tuple[bool, str]:
     """Whether `gated_lm_head` and `gated_lm_head_step` take these tensors, and if not, why."""
-    reason = refusal(
+    operands = global_, local, gate, weight, bias, targets
+    reason = misfit(*operands, ("token_weights", token_weights, 1)) or refusal(
         (
             ("global", global_, FLOATS),
             ("local", local, (global_.dtype,)),
@@ -133,7 +134,7 @@ def gated_lm_head_supported(
             ("token_weights", token_weights, FLOATS),
         )
     )
-    reason = reason or unmultiplied(global_)
+    reason = reason or unmultiplied(global_) or too_far(("global", global_, 1), ("local", local, 1), ("bias", bias, 0))
     if not reason and not 0 < len(weight) < 2**31:
         reason = f"there are {len(weight)} classes"
     return not reason, reason
@@ -150,7 +151,6 @@ def gated_lm_head_denominator(
 
 
 def _check(inputs: Inputs) -> None:
-    check_shapes(*inputs[:6], ("token_weights", inputs[6], tuple(inputs[5].shape)))
     supported, reason = gated_lm_head_supported(*inputs)
     if not supported:
         raise ValueError(f"gated_lm_head: {reason}")
