@@ -212,7 +212,7 @@ def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Ten
 
 
 def _only_linear(header: nn.Linear) -> bool:
-    """Whether a linear layer is no more than that: kernels would skip hooks, also those of all modules, and a forward."""
+    """Whether a linear layer is no more than that: kernels would skip hooks, its own or all modules', and a forward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = any(getattr(header, kind) or getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
     return type(header) is nn.Linear and "forward" not in vars(header) and not hooked
