@@ -95,6 +95,12 @@ def test_logits_with_a_large_offset(offset: float, dtype: torch.dtype) -> None:
     check(given, targets)
 
 
+@pytest.mark.parametrize(("softcap", "spread"), [(20.0, 20.0), (100.0, 1.0), (1e3, 1.0), (1e6, 1.0), (1e30, 1.0)])
+def test_softcaps_around_and_far_above_the_logits(softcap: float, spread: float) -> None:
+    given, targets = operands(12, 20, 6)
+    check([*given[:4], given[4] * spread], targets, softcap=softcap)
+
+
 def test_inputs_that_are_not_contiguous() -> None:
     given, targets = operands(12, 40, 6)
     g, l_, gate, w, b = (t.clone() for t in given if t is not None)
@@ -201,6 +207,14 @@ def test_vmap() -> None:
         assert torch.equal(loss, losses[k])
         for ours, theirs in zip(gradients, torch.autograd.grad(loss, leaves, torch.tensor(k + 1.0)), strict=True):
             assert torch.equal(ours[k], theirs)
+
+
+def test_there_is_no_second_derivative() -> None:
+    given, targets = operands(5, 20, 3)
+    leaves = [t.requires_grad_() for t in given]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first = torch.autograd.grad(gated_head(*leaves, targets)[0], leaves, create_graph=True)
+        torch.autograd.grad(first[0].sum(), leaves)
 
 
 def test_bf16_is_refused_here() -> None:
