@@ -30,7 +30,7 @@ Report = dict[str, Any]
 """What the JSON file holds."""
 
 CHECKOUT = Path(fedmoe.__file__).parents[1]
-TINY = "CPU, tiny sizes: this shows that the benchmarks work, and nothing about speed"
+TINY = "CPU: kernels at tiny sizes, which shows that they work and no more; rounds on one thread, for their ratios"
 COLUMNS = (
     "variant",
     "time",

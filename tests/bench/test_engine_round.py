@@ -35,8 +35,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def config(tmp_path: Path, gpu_benchmark: Bench) -> Config:
-    """Ten classes; every client has 512 samples to train on where it is timed, else 32."""
-    each = 640 if gpu_benchmark.timed else 40
+    """Ten classes; every client has 1280 samples to train on, 20 steps, where it is timed, else 32."""
+    each = 1600 if gpu_benchmark.timed else 40
     labels = [row % 10 for row in range(CLIENTS * each)]
     classes = [f"class {label}" for label in range(10)]
     pictures = [picture(row, (32, 32)) for row in range(50)]
@@ -79,10 +79,30 @@ def test_round(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> None:
         "plain loop, fused SGD": a_round(config, plain(config, run, bench.device, True)),
         "plain loop": a_round(config, plain(config, run, bench.device, False)),
     }
-    names = SWITCHES if gpu else {"channels last": {}, "plain": {}, "flat optimizer": {}}
+    names = SWITCHES if gpu else ("channels last", "plain")
     with ExitStack() as stack:
         for name in names:
             how = replace(How(), **SWITCHES[name])
             made = stack.enter_context(engine(config, run, how, bench.device.type, folder=f"store-{name}"))
             variants[f"engine: {name}"] = a_round(config, made)
         bench(variants)
+
+
+def test_bookkeeping(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> None:
+    """What a round costs above its steps: opening, moving and checking clients, theta, metrics."""
+    bench, run = gpu_benchmark, begin(config, tmp_path / "run")
+    gpu = bench.device.type == "cuda"
+    how = replace(How(), **SWITCHES["graph, streams" if gpu else "channels last"])
+    with engine(config, run, how, bench.device.type) as made:
+        whole = a_round(config, made)
+        whole()
+
+        def steps() -> None:
+            for client in range(CLIENTS):
+                member = made._members[client]
+                step = made._rooms[client % len(made._rooms)].steps[member.architecture]
+                size, count = member.batch_size, member.training // member.batch_size
+                for _ in step.epoch(member.samples[: size * count].view(count, size)):
+                    pass
+
+        bench({"steps alone": steps, "round": whole})
