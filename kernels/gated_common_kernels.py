@@ -32,7 +32,7 @@ def sum_of(values, B, BLOCK: tl.constexpr):
     """Sum of values [B], in a fixed order."""
     total = tl.zeros([BLOCK], values.dtype.element_ty)
     for start in range(0, B, BLOCK):
-        at = start + tl.arange(0, BLOCK).to(tl.int64)
+        at = start + tl.arange(0, BLOCK)
         total += tl.load(values + at, mask=at < B, other=0)
     return tl.sum(total, 0)
 

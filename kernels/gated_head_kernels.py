@@ -225,7 +225,7 @@ def header_kernel(
     if loss is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             put(loss, sum_of(losses, B, 256) * factor, None, ADD_LOSS)
-            put(correct, sum_of(hits, B, 256).to(tl.int64), None, ADD_CORRECT)
+            put(correct, sum_of(hits, B, 256).to(correct.dtype.element_ty), None, ADD_CORRECT)
     if SCALE_B == 0:
         factor *= tl.load(scale)
 
@@ -269,6 +269,6 @@ def totals_kernel(
     if MEAN:
         divisor = sum_of(row_weights, B, 256)
     tl.store(denominator, divisor)
-    tl.store(correct, sum_of(hits, B, 256).to(tl.int64))
+    tl.store(correct, sum_of(hits, B, 256).to(correct.dtype.element_ty))
     if loss is not None:
         tl.store(loss, sum_of(losses, B, 256) / tl.where(divisor == 0, 1.0, divisor))
