@@ -56,6 +56,7 @@ class DeviceEngine:
         self._members: dict[int, Member] = {}
         self._layouts: dict[str, Layout] = {}
         self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(2 if device.type == "cuda" else 1)]
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and how.graphs else None
         self._trained: set[int] = set()  # since the last commit
         self._changed: set[int] = set()
 
@@ -138,7 +139,7 @@ class DeviceEngine:
         if member.architecture not in room.steps:
             _, program, _ = self.federation.open(member.id)
             arena = Arena(program, self._layouts[member.architecture], room.region, self.how.low)
-            room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how)
+            room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how, self._pool)
 
     def _on_device(self, payload: Payload, member: Member, sent: dict[int, Payload]) -> Payload:
         """The payload, checked, on the device: moved there once for all jobs that bring the same."""

@@ -6,6 +6,7 @@ On a GPU nothing in it makes the host wait: loss, hits and which batch comes nex
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seam import Refused
 from fedmoe.engine.seeds import globals_kept
+
+Pool = Any
+"""A torch.cuda.graph_pool_handle(): memory of graphs that never run at the same time, and keep nothing in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +48,8 @@ class How:
 class Step:
     """Trains whoever is in the arena, on batches that an order names."""
 
-    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How) -> None:
-        self.arena, self._loader, self._how = arena, loader, how
+    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How, pool: Pool | None = None) -> None:
+        self.arena, self._loader, self._how, self._pool = arena, loader, how, pool
         self.device = arena.block.device
         self.scale = Scale(self.device) if how.precision == "fp16" else None
         self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
@@ -180,7 +184,7 @@ class Step:
         for parameter in self.arena.parameters.values():
             parameter.grad = None  # or the graph would add to what the warm-up left
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         for tensor, value in zip(changing, kept, strict=True):
             tensor.copy_(value)
@@ -201,8 +205,10 @@ def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> d
     outputs = {}
     for (name, branch), stream in zip(program.branches.items(), [*streams, current], strict=True):
         stream.wait_stream(current)
+        x.record_stream(stream)  # its memory must not be used again while this stream still reads it
         with torch.cuda.stream(stream), phase(name):
             outputs[name] = branch(x)
+        outputs[name].record_stream(current)
     for stream in streams:
         current.wait_stream(stream)
     return outputs
