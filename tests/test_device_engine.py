@@ -245,6 +245,19 @@ def test_fp16_overflow_skips_the_step_and_is_counted(config: Config, tmp_path: P
         assert result.metrics["rolled_back"] == 0 and step.scale.scale < 2.0**40
 
 
+@pytest.mark.parametrize("how", [PLAIN, replace(PLAIN, optimizer="flat")])
+def test_parameters_without_a_gradient_stay_as_they_are(config: Config, tmp_path: Path, how: How) -> None:
+    """And frozen ones: weight decay, too, passes over them, as in the plain loop."""
+    config = changed(config, model={"local": ("tests.test_device_engine:lazy",)}, training={"weight_decay": 0.1})
+    run = begin(config, tmp_path / "run")
+    found, expected = outcome(config, run, how), reference(config, run)
+    assert_close(found, expected, TOLERANCE["fp32"])
+    for name in ("idle", "frozen"):
+        assert torch.equal(found.states[0][f"model/local_expert.{name}.weight"], expected.states[0][
+            f"model/local_expert.{name}.weight"
+        ])  # fmt: skip
+
+
 PARTS = {"torch": PLAIN, "flat": replace(PLAIN, optimizer="flat")} | {
     f"{optimizer}, {low}": replace(PLAIN, optimizer=optimizer, precision=low)
     for optimizer, low in (("torch", "bf16"), ("flat", "bf16"), ("flat", "fp16"))
@@ -296,6 +309,24 @@ def dropping(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module
     nn = torch.nn
     width = shape[0] * shape[1] * shape[2]
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 50), nn.Dropout(0.5)), nn.Linear(50, classes)
+
+
+class Lazy(torch.nn.Module):
+    """Has layers that it does not use, or that are not to be trained."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.idle = torch.nn.Linear(5, 5)
+        self.frozen = torch.nn.Linear(features, features).requires_grad_(False)
+        self.linear = torch.nn.Linear(features, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(self.frozen(x.flatten(1)))
+        return out
+
+
+def lazy(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return Lazy(shape[0] * shape[1] * shape[2]), torch.nn.Linear(50, classes)
 
 
 class Viewing(torch.nn.Module):
