@@ -17,6 +17,7 @@ from fedmoe import engines
 from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
 from fedmoe.display import Display
+from fedmoe.engine.ranges import phase
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
 from fedmoe.errors import DiskError, OutputLost, UserError
 from fedmoe.metrics import Line, Log, spread
@@ -56,7 +57,8 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
         held_up = 0.0  # seconds that checkpoints held training up since the line before
         try:
             for number in range(done + 1, rounds + 1):
-                line, theta = _round(config, server, engine, number, display)
+                with phase("round"):
+                    line, theta = _round(config, server, engine, number, display)
                 engine.commit()
                 server.theta, done = theta, number
                 line["seconds"]["checkpoint"] = held_up
@@ -125,7 +127,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
         results.append(result)
         display.trained(result)
     trained = time.perf_counter()
-    theta = server.average(results)
+    with phase("averaging"):
+        theta = server.average(results)
     averaged = time.perf_counter()
     sampled = [r.client for r in results]
     counted = [r for r in results if not r.metrics["rolled_back"]]
