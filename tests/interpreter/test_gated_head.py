@@ -228,7 +228,7 @@ def test_wrong_arguments() -> None:
         gated_head(given[0], given[1], given[2][:4], given[3], None, targets)
     with pytest.raises(ValueError, match=r"reduction is 'avg'"):
         gated_head(*given, targets, reduction="avg")
-    with pytest.raises(ValueError, match=r"softcap is 0, expected positive"):
+    with pytest.raises(ValueError, match=r"softcap is 0, expected finite and positive"):
         gated_head(*given, targets, softcap=0)
     with pytest.raises(ValueError, match=r"1025 classes are more than 1024"):
         gated_head(given[0], given[1], given[2], torch.ones(1025, 20), None, targets)
