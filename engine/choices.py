@@ -61,10 +61,15 @@ class Choices:
             return self._take("head", "plain", missing if self.gpu else "the device is a CPU")
         return self._take("head", "fused", f"{self.facts.name} runs the kernels, for the headers that suit them")
 
-    def optimizer(self) -> Literal["flat", "torch", "apex"]:
+    def optimizer(self, precision: Precision) -> Literal["flat", "torch", "apex"]:
         """Flat on a GPU that runs the kernels; apex only on request."""
         wanted = self.wanted.optimizer
         missing = self.facts.no_kernels if self.gpu else "the device is a CPU"
+        if precision == "fp16":  # elsewhere the loss scale would have to come to the host
+            reason = "fp16 scales the loss on the device"
+            if wanted in ("auto", "flat"):
+                return self._take("optimizer", "flat", reason)
+            return self._refuse("optimizer", wanted, reason, "flat")
         if wanted == "apex":
             if self.facts.no_apex:
                 raise ValueError(

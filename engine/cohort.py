@@ -21,7 +21,7 @@ from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seeds import globals_kept
-from fedmoe.engine.step import How, branches, captured
+from fedmoe.engine.step import How, Pool, branches, captured
 from fedmoe.kernels import flat_optimizer, flat_optimizer_oracle
 
 
@@ -40,17 +40,25 @@ class Cohort:
     """K clients in `memory`, uint8 of at least `Cohort.bytes`, which holds nothing before `put`.
 
     A block's parts lie apart there, each as contiguous [K, n], which is what the optimizer's kernel wants. The
-    optimizer is always the flat one, whatever `how` says: it alone skips rows. Images come with their channels first,
-    since convolutions of a batched model are grouped ones over K times the channels.
+    optimizer is always the flat one, whatever `how` says: it alone skips rows. Branches run one after the other, each
+    for K clients. Images come with their channels first, since convolutions of a batched model are grouped ones over K
+    times the channels.
     """
 
     def __init__(
-        self, program: Program, layout: Layout, rows: int, memory: Tensor, loader: Loader, sgd: SGD, how: How
+        self,
+        program: Program,
+        layout: Layout,
+        rows: int,
+        memory: Tensor,
+        loader: Loader,
+        sgd: SGD,
+        how: How,
+        pool: Pool | None = None,
     ) -> None:
         self.layout, self.rows = layout, rows
         self._loader, self._sgd, self._how, self._device = loader, sgd, how, memory.device
-        count = len(program.branches) - 1 if how.streams and memory.is_cuda else 0
-        self._body = _Body(program, [torch.cuda.Stream(memory.device) for _ in range(count)])
+        self._pool, self._body = pool, _Body(program)
         self._memory = memory[: self.bytes(layout, rows)]
         self._segments, self._rest = self._carved()
         self._parameters: dict[str, Tensor] = {}  # trainable, [K, ...], leaves of autograd
@@ -155,7 +163,7 @@ class Cohort:
             def step() -> None:  # warming up may take more of them than there are
                 self._take(every.index_select(0, self._next.remainder(len(every)))[0])
 
-            self._graphs[size] = captured(step, changing)
+            self._graphs[size] = captured(step, changing, self._pool)
         return self._graphs[size]
 
     def _take(self, indices: Tensor) -> None:  # int64 [K, B], where the samples are
@@ -239,13 +247,12 @@ class Cohort:
 class _Body(nn.Module):
     """A program's step as a module, which is what `functional_call` substitutes tensors in."""
 
-    def __init__(self, program: Program, streams: list[torch.cuda.Stream]) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
-        self.body = program.modules
-        self._program, self._streams = program, streams
+        self.body, self._program = program.modules, program
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = branches(self._program, x, self._streams)
+        outputs = branches(self._program, x, [])
         with phase("header"):
             return self._program.join(outputs, y)
 

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,23 +117,45 @@ class Cohorts:
             program = self._program(client)
             assert program is not None
             optimizer = engine.federation.optimizer
-            self._cohorts[key] = Cohort(program, layout, rows, self._memory, engine._loader, optimizer, engine.how)
+            given = program, layout, rows, self._memory, engine._loader, optimizer, engine.how, engine._pool
+            self._cohorts[key] = Cohort(*given)
         return self._cohorts[key]
 
     def _train(self, jobs: Sequence[Job], sent: dict[int, Payload]) -> list[Result]:
+        """Of clients that go together; where device memory does not suffice, half of them at a time."""
+        if len(jobs) == 1:
+            return list(self._engine._alone("train", jobs))
+        if len(jobs) <= self._most:
+            trained = None
+            with suppress(torch.OutOfMemoryError):
+                trained = self._trained(jobs, sent)
+            if trained is not None:
+                return self._taken_out(jobs, *trained)
+            # Here no frame holds the tensors of the step that failed any more.
+            self._cohorts.clear()
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            if self._engine.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._most = len(jobs) // 2
+            warnings.warn(
+                f"out of device memory with {len(jobs)} clients together: from now on {self._most}", stacklevel=2
+            )
+        most = self._most
+        return [result for i in range(0, len(jobs), most) for result in self._train(jobs[i : i + most], sent)]
+
+    def _trained(self, jobs: Sequence[Job], sent: dict[int, Payload]) -> tuple[Cohort, list[Taken], float]:
+        """Bring the clients in and take their steps: the cohort, what came of each, and each one's share of seconds."""
         engine, start = self._engine, time.perf_counter()
-        known = [self._known(job.client) for job in jobs]
-        members, layout = [member for member, _ in known], known[0][1]
+        members = [self._known(job.client)[0] for job in jobs]
         cohort = self._cohort(jobs[0].client, len(jobs))
         with globals_kept(), phase("client"):
             for row, (member, job) in enumerate(zip(members, jobs, strict=True)):
                 for following in jobs[row + 1 : row + 2]:  # if it is in a file, it is read meanwhile
                     engine.store.prefetch(following.client)
-                cohort.put(row, self._brought(member, job, row, layout, sent))
-            epochs = [int(job.settings["epochs"]) for job in jobs]
+                cohort.put(row, self._brought(member, job, row, cohort.layout, sent))
             orders = [
-                torch.cat([engine._order(member, job, epoch) for epoch in range(n)])
-                for member, job, n in zip(members, jobs, epochs, strict=True)
+                torch.cat([engine._order(member, job, epoch) for epoch in range(int(job.settings["epochs"]))])
+                for member, job in zip(members, jobs, strict=True)
             ]
             cohort.begin(orders)
             # What is drawn in a cohort is not what any of its clients would draw alone.
@@ -143,18 +166,22 @@ class Cohorts:
             names = sorted({name for member in members for name in member.finite})
             scalars = torch.stack([cohort.loss.double(), cohort.correct.double()])
             loss, correct, *finite = torch.cat([scalars, cohort.finite(names).double()]).tolist()
-        share = (time.perf_counter() - start) / len(jobs)  # so that the clients' seconds add up
-        results = []
-        for row, (member, job) in enumerate(zip(members, jobs, strict=True)):
-            start = time.perf_counter() - share
+        whole = [all(finite[names.index(name)][row] for name in m.finite) for row, m in enumerate(members)]
+        taken = [Taken(*of_one) for of_one in zip(map(len, orders), loss, correct, whole, strict=True)]
+        return cohort, taken, (time.perf_counter() - start) / len(jobs)
+
+    def _taken_out(self, jobs: Sequence[Job], cohort: Cohort, taken: list[Taken], seconds: float) -> list[Result]:
+        """Keep the clients and let their results out; their seconds add up to what the cohort took."""
+        engine, results = self._engine, []
+        for row, job in enumerate(jobs):
+            start = time.perf_counter() - seconds
+            member, layout = self._known(job.client)
             room = engine._rooms[row % len(engine._rooms)]
             if room.left is not None:
                 room.left.wait()
-                room.left = None  # as above: unless this client is kept, nothing else says when the room is free
+                room.left = None  # unless this client is kept, nothing else says when the room is free
             cohort.get(row, room.region[: layout.size])
-            whole = all(finite[names.index(name)][row] for name in member.finite)
-            taken = Taken(len(orders[row]), loss[row], correct[row], whole)
-            results.append(engine._outcome(member, room, layout, job, taken, start))
+            results.append(engine._outcome(member, room, layout, job, taken[row], start, {"parts": 1}))
         return results
 
     def _brought(self, member: Member, job: Job, row: int, layout: Layout, sent: dict[int, Payload]) -> Tensor:

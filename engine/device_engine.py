@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from fedmoe.engine.arena import Arena, Layout
 from fedmoe.engine.blocks import Handle
 from fedmoe.engine.cohort_jobs import Cohorts
+from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.member import Federation, Member
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
@@ -55,10 +57,12 @@ class DeviceEngine:
             raise ValueError(f"cohort is {cohort}, must be at least 1")
         self.federation, self.device, self.how, self.store = federation, device, how, store
         self.stop = stop or threading.Event()
+        allow_tf32(how.precision == "tf32")
         self._loader = Loader(federation.samples, device, resident)
         self._members: dict[int, Member] = {}
         self._layouts: dict[str, Layout] = {}
         self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(2 if device.type == "cuda" else 1)]
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and how.graphs else None
         self._trained: set[int] = set()  # since the last commit
         self._changed: set[int] = set()
         self._cohorts = Cohorts(self, cohort) if cohort > 1 else None
@@ -148,7 +152,7 @@ class DeviceEngine:
         if member.architecture not in room.steps:
             _, program, _ = self.federation.open(member.id)
             arena = Arena(program, self._layouts[member.architecture], room.region, self.how.low)
-            room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how)
+            room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how, self._pool)
 
     def _on_device(self, payload: Payload, member: Member, sent: dict[int, Payload]) -> Payload:
         """The payload, checked, on the device: moved there once for all jobs that bring the same."""
@@ -161,6 +165,15 @@ class DeviceEngine:
         return sent[id(payload)]
 
     def _train(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
+        """One client's training; where device memory does not suffice, again, in smaller parts of batches."""
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self._trained_in_parts(member, room, job, payload, start)
+            # Here no frame holds the tensors of the step that failed any more.
+            room.steps[member.architecture].halve(member.batch_size, f"client {member.id}, {member.architecture}")
+            self.store.load(member.id, room.region, room.left).wait()
+
+    def _trained_in_parts(self, member: Member, room: _Room, job: Job, payload: Payload, start: float) -> Result:
         step = room.steps[member.architecture]
         arena = step.arena
         self._receive(payload, arena.layout, arena.block)
@@ -175,7 +188,9 @@ class DeviceEngine:
             steps += len(order)
         finite = self._finite(member, arena)
         loss, correct, whole = torch.stack([step.loss.double(), step.correct.double(), finite.double()]).tolist()
-        more: Metrics = {} if step.scale is None else {"skipped": int(step.scale.skipped)}
+        more: Metrics = {"parts": step.parts}
+        if step.scale is not None:
+            more["skipped"] = int(step.scale.skipped)
         return self._outcome(member, room, arena.layout, job, Taken(steps, loss, correct, bool(whole)), start, more)
 
     def _receive(self, payload: Payload, layout: Layout, block: Tensor) -> None:
@@ -203,12 +218,12 @@ class DeviceEngine:
         job: Job,
         taken: Taken,
         start: float,
-        more: Metrics | None = None,
+        more: Metrics,
     ) -> Result:
         """Keep the client that is in the room, unless it is not finite, and let its result out."""
         federation, block = self.federation, room.region[: layout.size]
         samples = taken.steps * member.batch_size
-        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0, **(more or {})}
+        metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0, **more}
         if not taken.finite or not math.isfinite(taken.loss):
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return federation.outgoing("train", member, job.payload, 0, metrics)

@@ -15,8 +15,14 @@ from fedmoe.kernels.flat_optimizer import Control
 class Optimizer(Protocol):
     """Takes steps on the arena that it was made for."""
 
+    def clear(self) -> None:
+        """Forget what a step that was not finished has left."""
+
     def begin(self) -> None:
-        """Before a backward pass: its gradients will be those of this step alone."""
+        """Before a step's first backward pass: its gradients will be those of this step alone."""
+
+    def add(self) -> None:
+        """After each backward pass of a step with several: their gradients add up, in fp32."""
 
     def step(self) -> None:
         """Take the step, low-precision copies included."""
@@ -52,23 +58,42 @@ class Flat:
             segments = [(slice(0, narrow), low, arena.low), (slice(narrow, len(weights)), high, None)]
         self._segments = [segment for segment in segments if len(segment[1])]
         self._gradients = {name: arena.flat_views(name, low, high) for name in arena.parameters}
+        self._sums: dict[int, Tensor] = {}
         self._arena, self._sgd, self._scale = arena, sgd, scale
         self._lr = weights.new_tensor(sgd.lr)
         self._control = Control.empty([g for _, g, _ in self._segments]) if scale else None
         able = flat_optimizer.flat_optimizer_supported(weights, low)[0]
         self._do: Any = flat_optimizer if able else flat_optimizer_oracle
 
+    def clear(self) -> None:
+        """Zero the gradients; otherwise each step does it for the next."""
+        for _, gradients, _ in self._segments:
+            gradients.zero_()
+        self._sums = {}
+
     def begin(self) -> None:
-        """Gradients were zeroed by the step before, or are from the start."""
+        """Gradients were zeroed by the step before."""
         for name, parameter in self._arena.parameters.items():
             parameter.grad = self._gradients[name]
+
+    def add(self) -> None:
+        """fp32 gradients add up by themselves; others are moved to an fp32 sum, made when first needed."""
+        for k, (_, gradients, _) in enumerate(self._segments):
+            if gradients.dtype != torch.float32:
+                if k not in self._sums:
+                    self._sums[k] = torch.zeros_like(gradients, dtype=torch.float32)
+                self._sums[k] += gradients
+                gradients.zero_()
 
     def step(self) -> None:
         """A kernel a dtype of gradients; with a loss scale two more before, and one for the scale after."""
         sgd, arena = self._sgd, self._arena
+        segments = [
+            (part, self._sums.get(k, gradients), low) for k, (part, gradients, low) in enumerate(self._segments)
+        ]
         if self._control is not None and self._scale is not None:
-            self._do.flat_norm([g for _, g, _ in self._segments], scale=self._scale.scale, out=self._control)
-        for part, gradients, low in self._segments:
+            self._do.flat_norm([g for _, g, _ in segments], scale=self._scale.scale, out=self._control)
+        for part, gradients, low in segments:
             self._do.sgd_step(
                 arena.weights[part], gradients, arena.momentum[part] if sgd.momentum else None, lr=self._lr,
                 momentum=sgd.momentum, weight_decay=sgd.weight_decay, low=low, control=self._control,
@@ -87,24 +112,35 @@ class Library:
             p if arena.low is None or p.dtype == torch.float32 else torch.nn.Parameter(masters[name])
             for name, p in arena.parameters.items()
         ]
+        self._pairs = [(m, p) for m, p in zip(self._masters, self._parameters, strict=True) if m is not p]
         self._optimizer = make(self._masters, lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
         if sgd.momentum:
             for master, momentum in zip(self._masters, arena.momenta().values(), strict=True):
                 self._optimizer.state[master]["momentum_buffer"] = momentum
 
+    def clear(self) -> None:
+        """Have no gradients: autograd hands its own over where there are none."""
+        for tensor in (*self._parameters, *self._masters):
+            tensor.grad = None
+
     def begin(self) -> None:
-        """Autograd hands its gradients over where there are none."""
-        for parameter in self._parameters:
-            parameter.grad = None
+        """As `clear`."""
+        self.clear()
+
+    def add(self) -> None:
+        """fp32 gradients add up by themselves; others are added to the masters'."""
+        for master, parameter in self._pairs:
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
         """The library's step, in fp32, and from it the low-precision copies."""
-        pairs = [(m, p) for m, p in zip(self._masters, self._parameters, strict=True) if m is not p]
-        for master, parameter in pairs:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.add()
         self._optimizer.step()
-        for master, parameter in pairs:
+        for master, parameter in self._pairs:
             parameter.copy_(master)
 
 

@@ -98,7 +98,8 @@ def plan(wanted: Wanted, sizes: Sizes, facts: Facts) -> tuple[Plan, list[str]]:
     Raises ValueError where a fused head or apex is wanted and cannot be had, or where no client fits in memory.
     """
     choices = Choices(wanted, sizes, facts)
-    precision, head, optimizer = choices.precision(), choices.head(), choices.optimizer()
+    precision, head = choices.precision(), choices.head()
+    optimizer = choices.optimizer(precision)
     streams, graphs = choices.streams(), choices.graphs()
     data, work, device_bytes, host_bytes = choices.memory(precision)
     states_device, states_host, states_files = place(sizes, device_bytes, host_bytes)

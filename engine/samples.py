@@ -15,7 +15,8 @@ class Loader:
         self._samples = samples
         where = device if resident else torch.device("cpu")
         self._images, self._labels = samples.images.to(where), samples.labels.to(where)
-        channels = samples.images.shape[1]
+        self.shape = samples.images.shape[1:]
+        channels = self.shape[0]
         self._mean = torch.full((channels,), samples.mean, device=device)
         self._std = torch.full((channels,), samples.std, device=device)
 

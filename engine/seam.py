@@ -56,6 +56,10 @@ class Interrupted(Exception):  # it is no error
     """An engine was asked to stop, by the event it was made with; the step in hand was finished."""
 
 
+class Refused(Exception):
+    """An engine cannot do what it was asked to; the message says what, and what to do."""
+
+
 class Engine(Protocol):
     """Runs jobs on one device. Training is a transaction: `commit` keeps what clients became, `rollback` undoes it.
 

@@ -6,7 +6,7 @@ On a GPU nothing in it makes the host wait: loss, hits and which batch comes nex
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from fedmoe.engine.optimizers import Scale, optimizer
 from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
+from fedmoe.engine.seam import Refused
 from fedmoe.engine.seeds import globals_kept
+
+Pool = Any
+"""A torch.cuda.graph_pool_handle(): memory of graphs that never run at the same time, and keep nothing in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +59,15 @@ class Taken(NamedTuple):
 class Step:
     """Trains whoever is in the arena, on batches that an order names."""
 
-    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How) -> None:
-        self.arena, self._loader, self._how = arena, loader, how
+    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How, pool: Pool | None = None) -> None:
+        self.arena, self._loader, self._how, self._pool = arena, loader, how, pool
         self.device = arena.block.device
         self.scale = Scale(self.device) if how.precision == "fp16" else None
         self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
         count = len(arena.program.branches) - 1 if how.streams and self.device.type == "cuda" else 0
         self._streams = [torch.cuda.Stream(self.device) for _ in range(count)]
+        self.parts = 1
+        """How many parts a batch is taken in, one after the other, for want of memory."""
         self._channels_last = how.channels_last and self._takes_channels_last()
         self.loss = torch.zeros((), device=self.device)
         """Sum over the steps since `begin`."""
@@ -73,6 +79,7 @@ class Step:
     def begin(self) -> None:
         """A client has come into the arena."""
         self.arena.refresh()
+        self.optimizer.clear()
         self.loss.zero_()
         self.correct.zero_()
         if self.scale is not None:
@@ -107,34 +114,52 @@ class Step:
 
     def _takes_channels_last(self) -> bool:
         """Whether the modules do: code that views its input as another shape cannot."""
-        modules = self.arena.program.modules
-        modules.eval()
-        first = torch.zeros(2, dtype=torch.int64)
-        try:
-            with torch.no_grad(), globals_kept(), autocast(self.device, self._how.low):
-                for of_one in (False, True):
-                    x, _ = self._loader.batch(self._placed(first), of_one)
-                    branches(self.arena.program, x, [])
-        except RuntimeError:
-            if not of_one:
-                raise
-            return False
-        return True
+        program, x = self.arena.program, torch.zeros(2, *self._loader.shape, device=self.device)
+        program.modules.eval()
+        with torch.no_grad(), globals_kept(), autocast(self.device, self._how.low):
+            branches(program, x, [])  # what fails here is not for the layout
+            with contextlib.suppress(RuntimeError):
+                branches(program, x.contiguous(memory_format=torch.channels_last), [])
+                return True
+        return False
 
     def _take(self, indices: Tensor) -> None:
-        with phase("batch"):
-            x, y = self._loader.batch(indices, self._channels_last)
-        with autocast(self.device, self._how.low):
-            outputs = branches(self.arena.program, x, self._streams)
-            with phase("header"):
-                loss, hits = self.arena.program.join(outputs, y)
         self.optimizer.begin()
-        with phase("backward"):
-            (loss if self.scale is None else loss * self.scale.scale).backward()
+        for part in indices.chunk(self.parts):
+            with phase("batch"):
+                x, y = self._loader.batch(part, self._channels_last)
+            with autocast(self.device, self._how.low):
+                outputs = branches(self.arena.program, x, self._streams)
+                with phase("header"):
+                    loss, hits = self.arena.program.join(outputs, y)
+            if self.parts > 1:
+                loss = loss * (len(part) / len(indices))
+            with phase("backward"):
+                (loss if self.scale is None else loss * self.scale.scale).backward()
+            if self.parts > 1:
+                self.optimizer.add()
+            self.loss += loss.detach()
+            self.correct += hits
         with phase("optimizer"):
             self.optimizer.step()
-        self.loss += loss.detach()
-        self.correct += hits
+
+    def halve(self, batch: int, who: str) -> None:
+        """Take batches in twice as many parts from now on, because device memory did not suffice for `who`.
+
+        Raises Refused where that is not possible: a sample is the least, and batch statistics are of whole batches.
+        """
+        modules = self.arena.program.modules
+        whole = any(name.endswith("running_mean") for name, _ in modules.named_buffers())
+        if whole or 2 * self.parts > batch:
+            why = "its normalization needs whole batches" if whole else f"it takes them in {self.parts} parts already"
+            raise Refused(
+                f"{who}: out of device memory with batches of {batch}, and {why}: lower training.batch_size, or give "
+                "the states of clients less device memory (engine.device_memory_mb)"
+            )
+        self.parts *= 2
+        self._graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph:
         """The graph for batches of this size, with `order` in place; captured if there is none yet."""
@@ -164,14 +189,14 @@ class Step:
             for parameter in self.arena.parameters.values():
                 parameter.grad = None
 
-        graph = captured(step, changing, ready)
+        graph = captured(step, changing, self._pool, ready)
         self.arena.refresh()
         self._next.zero_()
         return graph
 
 
 def captured(
-    step: Callable[[], None], changing: Sequence[Tensor], ready: Callable[[], None] = lambda: None
+    step: Callable[[], None], changing: Sequence[Tensor], pool: Pool | None, ready: Callable[[], None] = lambda: None
 ) -> torch.cuda.CUDAGraph:
     """Capture a step; warming up takes some, so `changing` is put back after. `ready` is called before the capture."""
     kept = [tensor.clone() for tensor in changing]
@@ -183,7 +208,7 @@ def captured(
     current.wait_stream(side)
     ready()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     for tensor, value in zip(changing, kept, strict=True):
         tensor.copy_(value)
@@ -202,8 +227,10 @@ def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> d
     outputs = {}
     for (name, branch), stream in zip(program.branches.items(), [*streams, current], strict=True):
         stream.wait_stream(current)
+        x.record_stream(stream)  # its memory must not be used again while this stream still reads it
         with torch.cuda.stream(stream), phase(name):
             outputs[name] = branch(x)
+        outputs[name].record_stream(current)
     for stream in streams:
         current.wait_stream(stream)
     return outputs

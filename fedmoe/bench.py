@@ -30,7 +30,7 @@ Report = dict[str, Any]
 """What the JSON file holds."""
 
 CHECKOUT = Path(fedmoe.__file__).parents[1]
-TINY = "CPU, tiny sizes: this shows that the benchmarks work, and nothing about speed"
+TINY = "CPU: kernels at tiny sizes, which shows that they work and no more; rounds on one thread, for their ratios"
 COLUMNS = (
     "variant",
     "time",
@@ -57,17 +57,19 @@ def run(suite: str | None, only: str, as_json: Path | None, markdown: Path | Non
     for path in (as_json, markdown):  # before the minutes, not after
         if path and not path.parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder, expected the name of a file")
     console = Output()
     report = _collect(console, checkout, files, only)
     report["suite"] = suite or "all"
-    if as_json:
-        write_atomic(as_json, json.dumps(report, indent=1, ensure_ascii=False).encode())
-    if markdown:
-        write_atomic(markdown, _markdown(report).encode())
     if not console.is_terminal:  # a file has no width that the table must keep
         console.width = max(console.width, 160)
     console.print(_table(report))
     console.print(_environment(report), markup=False, highlight=False, soft_wrap=True)
+    if as_json:  # after the table, which a full disk shall not cost
+        write_atomic(as_json, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    if markdown:
+        write_atomic(markdown, _markdown(report).encode())
     failed = [f"{b['name']}: {b['reason']}" for b in report["benchmarks"] if b["outcome"] == "failed"]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -124,7 +126,9 @@ def _events(checkout: Path, files: list[Path], only: str) -> Generator[dict[str,
     # What pytest prints goes to a file: a pipe that nobody empties would stop it.
     with tempfile.TemporaryFile("w+") as said, os.fdopen(reader) as lines:
         path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])  # this fedmoe, no other
-        env = {**os.environ, "PYTHONPATH": path}
+        # A user's habits with pytest are not these benchmarks', and pytest-benchmark must be found.
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")}
+        env["PYTHONPATH"] = path
         child = subprocess.Popen(command, cwd=checkout, env=env, stdout=said, stderr=said, pass_fds=[writer])
         os.close(writer)
 
@@ -144,8 +148,9 @@ def _events(checkout: Path, files: list[Path], only: str) -> Generator[dict[str,
         # Done; some failed, which Python's own failures give as well; a file cannot be read; nothing is chosen.
         if not told or code not in (0, 1, 2, 5):
             said.seek(0)
-            last = next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it said nothing")
-            raise UserError(f"pytest ended with code {code}: {last}")
+            words = [line.strip() for line in said if line.strip()] or ["it said nothing"]
+            errors = [line for line in words if "error: " in line.lower()]  # where it was started comes after
+            raise UserError(f"pytest ended with code {code}: {(errors or words)[-1]}")
 
 
 def _table(report: Report) -> Table:

@@ -61,7 +61,7 @@ class Client:
         mixture.unpack(payload, mixture.theta_tensors(self.global_expert))
         if self.config.training.theta_momentum == "reset":
             for parameter in self.global_expert.parameters():
-                if (momentum := self.optimizer.state[parameter].get("momentum_buffer")) is not None:
+                if (momentum := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
                     momentum.zero_()
 
     @contextmanager
@@ -145,14 +145,19 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
     return client
 
 
-def training_flops(client: Client) -> int:
-    """FLOPs of forward and backward for one sample, counted on a copy, so that nothing of the client changes."""
+def measured(client: Client) -> tuple[int, tuple[str, ...]]:
+    """FLOPs of forward and backward for one sample, and the names of parameters that get no gradient.
+
+    By a step on a copy, so that nothing of the client changes.
+    """
     mixture = copy.deepcopy(client.mixture).train()
     mixture.head = "plain"  # what kernels compute is not counted
     program = mixture.program()
     x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
     with globals_kept():
-        return flops.count(lambda: program.join(program.run(x), y)[0].backward()) // len(x)
+        total = flops.count(lambda: program.join(program.run(x), y)[0].backward())
+    unused = [name for name, p in mixture.named_parameters() if p.requires_grad and p.grad is None]
+    return total // len(x), tuple(unused)
 
 
 load_data = lru_cache(maxsize=1)(data.load)

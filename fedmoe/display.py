@@ -52,6 +52,7 @@ class Display:
         )
         self._task = self._bar.add_task("", total=rounds, completed=done, note="")
         self._accuracy = ""
+        self._parts: dict[str, int] = {}  # of clients whose batches do not fit, as last told
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -86,6 +87,10 @@ class Display:
                 self._say(
                     f"round {number}: client {client} rolled back and left out: its loss or a weight is not finite"
                 )
+            for client, parts in line.get("parts", {}).items():
+                if self._parts.get(client) != parts:
+                    self._parts[client] = parts
+                    self._say(f"round {number}: out of device memory: client {client} takes batches in {parts} parts")
             for client in line.get("not_finite", []):
                 self._say(f"round {number}: client {client} has a test loss that is not finite: training diverges")
             if not self._live:

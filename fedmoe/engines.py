@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.plan import Plan
 from fedmoe.engine.seam import Engine
@@ -44,7 +43,6 @@ def opened(config: Config, run: Path, device: torch.device, stop: threading.Even
         )
     if plan.head == "plain":
         config = replace(config, engine=replace(config.engine, head="plain"))
-    allow_tf32(plan.precision == "tf32")
     how = How(
         precision=plan.precision,
         optimizer=plan.optimizer,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmoe import mixture
-from fedmoe.client import Client, load_data, open_client, outgoing, training_flops
+from fedmoe.client import Client, load_data, measured, open_client, outgoing
 from fedmoe.config import Config
 from fedmoe.engine.member import SGD, Member, Samples
 from fedmoe.engine.program import Program
@@ -24,7 +24,7 @@ class Federation:
         self._config, self._run = config, run
         dataset = load_data(config.data, config.seed)
         self._split = Split.load(run / "partition.safetensors")
-        self._flops: dict[str, int] = {}
+        self._measured: dict[str, tuple[int, tuple[str, ...]]] = {}
         t = config.training
         self.samples = Samples(dataset.images, dataset.labels, config.data.mean, config.data.std)
         self.optimizer = SGD(
@@ -34,13 +34,12 @@ class Federation:
 
     def open(self, client: int) -> tuple[Member, Program, State]:
         """The member, a program of its architecture, and its state as the last checkpoint has it."""
-        opened = open_client(self._config, client, self._run, torch.device("cpu"))
-        return self._member(opened), opened.program, opened.state()
+        return self._open(self._config, client)
 
     def batchable(self, client: int) -> Program:
         """A program of the client's architecture with the plain head: vmap runs the fused one row by row."""
         config = replace(self._config, engine=replace(self._config.engine, head="plain"))
-        return open_client(config, client, self._run, torch.device("cpu")).program
+        return self._open(config, client)[1]
 
     def pack(self, theta: Sequence[Tensor]) -> Payload:
         """The payload {"theta": fp32 [P]} on the CPU."""
@@ -56,16 +55,24 @@ class Federation:
         """By `fedmoe.client.outgoing`, and by it alone; nothing but metrics leaves an evaluation."""
         return outgoing(member.id, member.schema if kind == "train" else {}, payload, weight, metrics)
 
+    def _open(self, config: Config, client: int) -> tuple[Member, Program, State]:
+        opened = open_client(config, client, self._run, torch.device("cpu"))
+        member = self._member(opened)
+        for name in self._measured[member.architecture][1]:
+            # An optimizer passes over parameters without a gradient, and so must a kernel over all of them.
+            opened.mixture.get_parameter(name).requires_grad_(False)
+        return member, opened.program, opened.state()
+
     def _member(self, client: Client) -> Member:
-        if client.model not in self._flops:
-            self._flops[client.model] = training_flops(client)
+        if client.model not in self._measured:
+            self._measured[client.model] = measured(client)
         return Member(
             id=client.id,
             architecture=client.model,
             samples=torch.cat([self._split.train(client.id), self._split.test(client.id)]),
             training=client.training,
             batch_size=client.batch_size,
-            flops=self._flops[client.model],
+            flops=self._measured[client.model][0],
             schema=client.schema,
             finite=tuple(f"model/{name}" for name in client.finite_names),
         )

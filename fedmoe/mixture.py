@@ -215,9 +215,10 @@ def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Ten
 
 
 def _only_linear(header: nn.Linear) -> bool:
-    """Whether nothing is attached to a linear layer that kernels would skip: hooks, or what a subclass does."""
-    attached = header._forward_hooks or header._forward_pre_hooks or header._backward_hooks
-    return type(header) is nn.Linear and not attached
+    """Whether a linear layer is no more than that: kernels would skip hooks, its own or all modules', and a forward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(header, kind) or getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
+    return type(header) is nn.Linear and "forward" not in vars(header) and not hooked
 
 
 def _tensors(model: nn.Module) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from fedmoe.client import Client, open_client, outgoing, training_flops
+from fedmoe.client import Client, measured, open_client, outgoing
 from fedmoe.config import Config
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Result, State
 from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
@@ -39,7 +39,7 @@ class ReferenceEngine:
         if id not in self._clients:
             client = open_client(self.config, id, self.folder, self.device)
             if client.model not in self._flops_per_sample:
-                self._flops_per_sample[client.model] = training_flops(client)
+                self._flops_per_sample[client.model] = measured(client)[0]
             self._clients[id] = client
         return self._clients[id]
 

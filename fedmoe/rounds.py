@@ -17,8 +17,9 @@ from fedmoe import engines
 from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
 from fedmoe.display import Display
-from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Result
-from fedmoe.errors import DiskError, OutputLost
+from fedmoe.engine.ranges import phase
+from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
+from fedmoe.errors import DiskError, OutputLost, UserError
 from fedmoe.metrics import Line, Log, spread
 from fedmoe.server import Server
 from fedmoe.signals import handling
@@ -56,7 +57,8 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
         held_up = 0.0  # seconds that checkpoints held training up since the line before
         try:
             for number in range(done + 1, rounds + 1):
-                line, theta = _round(config, server, engine, number, display)
+                with phase("round"):
+                    line, theta = _round(config, server, engine, number, display)
                 engine.commit()
                 server.theta, done = theta, number
                 line["seconds"]["checkpoint"] = held_up
@@ -85,6 +87,8 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
             if isinstance(error, Interrupted | OutputLost):
                 why = f" ({error})" if isinstance(error, OutputLost) else ""
                 raise Stopped(f"stopped after round {done} of {rounds}{why}; {hint}") from None
+            if isinstance(error, Refused):
+                raise UserError(f"{error}; the run holds {done} rounds, {hint}") from error
             raise
 
 
@@ -123,7 +127,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
         results.append(result)
         display.trained(result)
     trained = time.perf_counter()
-    theta = server.average(results)
+    with phase("averaging"):
+        theta = server.average(results)
     averaged = time.perf_counter()
     sampled = [r.client for r in results]
     counted = [r for r in results if not r.metrics["rolled_back"]]
@@ -137,6 +142,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
         "bytes_up": sum(_bytes(r.payload) for r in counted),
         "flops": sum(_number(r, "flops") for r in results),
     }
+    if parts := {str(r.client): r.metrics["parts"] for r in results if r.metrics.get("parts", 1) != 1}:
+        line["parts"] = parts
     if number % config.evaluation.every == 0 or number == config.federation.rounds:
         everyone = list(range(config.federation.clients))
         clients = everyone if config.evaluation.clients == "all" else sampled

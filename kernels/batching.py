@@ -10,6 +10,8 @@ def one_by_one(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A rule that calls `op`, which returns a tensor, or a tuple or a list of them, for one element after another."""
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if info.batch_size == 0:
+            raise ValueError("vmap over 0 elements: there is nothing to call, expected at least 1")
         calls = [
             op(*(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, dims, strict=True)))
             for k in range(info.batch_size)

@@ -199,7 +199,7 @@ def adamw_kernel(
     w, g, m, v = weights + at, gradients + at, first + at, second + at
     c = low + at if low is not None else None
     block = start // WIDTH + tl.arange(0, BLOCK // WIDTH)
-    blocks = tl.cdiv(P, WIDTH)
+    blocks = (P - 1) // WIDTH + 1  # P + WIDTH may pass 2³¹
     a = first_absmax + tl.program_id(1).to(tl.int64) * blocks + block if first_absmax is not None else None
     b = second_absmax + tl.program_id(1).to(tl.int64) * blocks + block if second_absmax is not None else None
     if _stays(found_inf, live):

@@ -83,8 +83,8 @@ def check_norm(
     rows, device = _rows("gradients", gradients[0])
     for k, gradient in enumerate(gradients):
         fits(f"gradients[{k}]", gradient, (*rows, gradient.shape[-1] if gradient.ndim else 1), None, device)
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}, expected positive or None")
+    if isinstance(max_norm, Tensor) or (max_norm is not None and not max_norm > 0):
+        raise ValueError(f"max_norm is {max_norm}, expected a positive number or None")
     _check_scalars(rows, device, scale=scale)
     _check_live(live, rows, device)
     if step is not None:
@@ -134,7 +134,7 @@ def check_adamw(
     rows, device = _rows("weights", weights)
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
         raise ValueError(f"betas are {betas} and eps {eps}, expected betas in [0, 1) and eps from 0 on")
-    _check_count(step, () if step.ndim == 0 else rows, device)
+    _check_count(step, rows if getattr(step, "ndim", 0) else (), device)
     first, second, *maxima = moments
     kind = torch.uint8 if first.dtype == torch.uint8 else None
     for name, moment in (("first", first), ("second", second)):
@@ -177,16 +177,16 @@ def _rows(name: str, tensor: Tensor) -> tuple[tuple[int, ...], torch.device]:
 def _check_scalars(rows: tuple[int, ...], device: torch.device, **scalars: Tensor | None) -> None:
     for name, scalar in scalars.items():
         if scalar is not None:
-            fits(name, scalar, () if scalar.ndim == 0 else rows, None, device)
+            fits(name, scalar, rows if getattr(scalar, "ndim", 0) else (), None, device)
 
 
 def _check_live(live: Tensor | None, rows: tuple[int, ...], device: torch.device) -> None:
     if live is not None:
-        fits("live", live, rows, torch.int8 if live.dtype == torch.int8 else torch.bool, device)
+        fits("live", live, rows, torch.int8 if getattr(live, "dtype", None) == torch.int8 else torch.bool, device)
 
 
 def _check_count(step: Tensor, rows: tuple[int, ...], device: torch.device) -> None:
-    fits("step", step, rows, torch.int32 if step.dtype == torch.int32 else None, device)
+    fits("step", step, rows, torch.int32 if getattr(step, "dtype", None) == torch.int32 else None, device)
 
 
 def _check_control(control: Control, rows: tuple[int, ...], device: torch.device) -> None:

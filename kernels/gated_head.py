@@ -4,6 +4,7 @@
 autograd; `gated_head_supported` says whether both take given tensors; `oracle.gated_head` is the plain statement.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -139,11 +140,16 @@ def gated_head_denominator(
     class_weights: Tensor | None = None,  # [C]
     ignore_index: int = -100,
 ) -> Tensor:  # [] fp32
-    """What `mean` divides by: the summed class weights, or the number, of the rows that count. On the device."""
+    """What `mean` divides by: the summed class weights, or the number, of the rows that count. On the device.
+
+    With class weights a target out of range makes it NaN.
+    """
     kept = targets != ignore_index
     if class_weights is None:
         return kept.sum().float()
-    return class_weights.float()[targets.where(kept, 0).long()].where(kept, 0).sum()
+    known = (targets >= 0) & (targets < len(class_weights))
+    rows = class_weights.float()[targets.where(known, 0).long()]
+    return rows.where(known, float("nan")).where(kept, 0).sum()
 
 
 def _check(
@@ -155,46 +161,21 @@ def _check(
     targets: Tensor,
     class_weights: Tensor | None,
 ) -> None:
-    check_shapes(global_, local, gate, weight, bias, targets, ("class_weights", class_weights, tuple(weight.shape[:1])))
     if reason := unsupported(global_, local, gate, weight, bias, targets, class_weights):
         raise ValueError(f"gated_head: {reason}")
-
-
-def check_shapes(
-    global_: Tensor,
-    local: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weights: tuple[str, Tensor | None, tuple[int, ...]],  # a loss's weights: name, tensor, expected shape
-) -> None:
-    """Raise ValueError where a head's operands do not fit together."""
-    if global_.ndim != 2 or weight.ndim != 2:
-        raise ValueError(
-            f"global has shape {tuple(global_.shape)}, weight {tuple(weight.shape)}, expected two dimensions each"
-        )
-    (rows, width), classes = global_.shape, len(weight)
-    for name, tensor, shape in (
-        ("local", local, (rows, width)),
-        ("gate", gate, (rows, 2)),
-        ("weight", weight, (classes, width)),
-        ("bias", bias, (classes,)),
-        ("targets", targets, (rows,)),
-        weights,
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 def check_options(options: Options, softcap: float | None, reduction: str) -> None:
     """Raise ValueError where an option is out of its range."""
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {options.label_smoothing}, expected 0 to 1")
-    if options.z_loss < 0:
-        raise ValueError(f"z_loss is {options.z_loss}, expected not negative")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}, expected positive or None")
+    if not 0 <= options.z_loss < math.inf:
+        raise ValueError(f"z_loss is {options.z_loss}, expected finite and not negative")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, expected finite and positive, or None")
+    ignored = options.ignore_index
+    if not isinstance(ignored, int | torch.SymInt) or not -(2**63) <= ignored < 2**63:
+        raise ValueError(f"ignore_index is {ignored!r}, expected an integer of 64 bits")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, expected one of {REDUCTIONS}")
 

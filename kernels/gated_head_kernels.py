@@ -9,6 +9,8 @@ each element is written by one program, in a fixed order of summation, so two ru
 import triton
 import triton.language as tl
 
+from fedmoe.kernels.gated_common_kernels import alphas, capped, put, sum_of
+
 ROW_TILES = {
     # (bytes of an element, classes up to): BLOCK_B, BLOCK_D, warps, stages
     (2, 16): (16, 64, 4, 3),
@@ -40,32 +42,6 @@ SHIPPED = [
     ("float32", 50, 10, True),
 ]
 """What the tests compile ahead of time: every tile, with and without options."""
-
-
-@triton.jit
-def _alphas(gate, row, live, GATE_B: tl.constexpr, GATE_E: tl.constexpr):
-    """Softmax of two logits, in fp32 [BLOCK_B]: each weight from its own exponential, so neither cancels."""
-    gap = tl.load(gate + row * GATE_B, mask=live, other=0.0).to(tl.float32)
-    gap -= tl.load(gate + row * GATE_B + GATE_E, mask=live, other=0.0).to(tl.float32)
-    return 1 / (1 + tl.exp(-gap)), 1 / (1 + tl.exp(gap))
-
-
-@triton.jit
-def _total(values, B, BLOCK: tl.constexpr):
-    """Sum of values [B], in a fixed order."""
-    total = tl.zeros([BLOCK], values.dtype.element_ty)
-    for start in range(0, B, BLOCK):
-        at = start + tl.arange(0, BLOCK).to(tl.int64)
-        total += tl.load(values + at, mask=at < B, other=0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _put(out, value, mask, ACCUMULATE: tl.constexpr):
-    """Write `value` to `out`, or add it there in fp32, rounded once."""
-    if ACCUMULATE:
-        value += tl.load(out, mask=mask).to(value.dtype)
-    tl.store(out, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -118,7 +94,7 @@ def rows_kernel(
     row = rows.to(tl.int64)  # B · D may pass 2³¹
     classes = tl.arange(0, BLOCK_C)
     real = classes < C
-    alpha_g, alpha_l = _alphas(gate, row, live, GATE_B, GATE_E)
+    alpha_g, alpha_l = alphas(gate, row, live, GATE_B, GATE_E)
 
     z = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -135,10 +111,8 @@ def rows_kernel(
         z = tl.dot(mixed.to(weight.dtype.element_ty), w, z, input_precision="ieee")
     if bias is not None:
         z += tl.load(bias + classes * BIAS_C, mask=real, other=0.0).to(tl.float32)[None, :]
-    if SOFTCAP > 0:  # cap · tanh(z / cap), by exponentials that cannot overflow
-        e = tl.exp(-2 * tl.abs(z) / SOFTCAP)
-        capped = SOFTCAP * (1 - e) / (1 + e)
-        z = tl.where(z < 0, -capped, capped)
+    if SOFTCAP > 0:
+        z = capped(z, SOFTCAP)
     z = tl.where(real[None, :], z, float("-inf"))
 
     y = tl.load(targets + row * TARGETS_B, mask=live, other=0)
@@ -203,11 +177,11 @@ def rows_kernel(
             r_l = tl.load(local + row[:, None] * LOCAL_B + d[None, :] * LOCAL_D, mask=inside, other=0.0)
             dots += tl.sum(dr * (r_g.to(tl.float32) - r_l.to(tl.float32)), 1)
             at = row[:, None] * D + d[None, :]
-            _put(d_global + at, alpha_g[:, None] * dr, inside, ADD_GLOBAL)
-            _put(d_local + at, alpha_l[:, None] * dr, inside, ADD_LOCAL)
+            put(d_global + at, alpha_g[:, None] * dr, inside, ADD_GLOBAL)
+            put(d_local + at, alpha_l[:, None] * dr, inside, ADD_LOCAL)
         dg = alpha_g * alpha_l * dots
-        _put(d_gate + row * 2, dg, live, ADD_GATE)
-        _put(d_gate + row * 2 + 1, -dg, live, ADD_GATE)
+        put(d_gate + row * 2, dg, live, ADD_GATE)
+        put(d_gate + row * 2 + 1, -dg, live, ADD_GATE)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -250,8 +224,8 @@ def header_kernel(
     factor = 1 / tl.where(divisor == 0, 1.0, divisor)
     if loss is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            _put(loss, _total(losses, B, 256) * factor, None, ADD_LOSS)
-            _put(correct, _total(hits, B, 256).to(tl.int64), None, ADD_CORRECT)
+            put(loss, sum_of(losses, B, 256) * factor, None, ADD_LOSS)
+            put(correct, sum_of(hits, B, 256).to(correct.dtype.element_ty), None, ADD_CORRECT)
     if SCALE_B == 0:
         factor *= tl.load(scale)
 
@@ -261,7 +235,7 @@ def header_kernel(
         rows = start + tl.arange(0, BLOCK_B)
         live = rows < B
         row = rows.to(tl.int64)
-        alpha_g, alpha_l = _alphas(gate, row, live, GATE_B, GATE_E)
+        alpha_g, alpha_l = alphas(gate, row, live, GATE_B, GATE_E)
         inside = live[:, None] & (d < D)[None, :]
         r_g = tl.load(global_ + row[:, None] * GLOBAL_B + d[None, :] * GLOBAL_D, mask=inside, other=0.0)
         r_l = tl.load(local + row[:, None] * LOCAL_B + d[None, :] * LOCAL_D, mask=inside, other=0.0)
@@ -273,10 +247,10 @@ def header_kernel(
         low = dz.to(global_.dtype.element_ty)
         dw = tl.dot(low, mixed.to(global_.dtype.element_ty), dw, input_precision="ieee")
     at = classes[:, None] * D + d[None, :]
-    _put(d_weight + at, dw * factor, real[:, None] & (d < D)[None, :], ADD_WEIGHT)
+    put(d_weight + at, dw * factor, real[:, None] & (d < D)[None, :], ADD_WEIGHT)
     if d_bias is not None:
         if tl.program_id(0) == 0:
-            _put(d_bias + classes, db * factor, real, ADD_BIAS)
+            put(d_bias + classes, db * factor, real, ADD_BIAS)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -293,8 +267,8 @@ def totals_kernel(
     """The one program owns all three sums."""
     divisor = 1.0
     if MEAN:
-        divisor = _total(row_weights, B, 256)
+        divisor = sum_of(row_weights, B, 256)
     tl.store(denominator, divisor)
-    tl.store(correct, _total(hits, B, 256).to(tl.int64))
+    tl.store(correct, sum_of(hits, B, 256).to(correct.dtype.element_ty))
     if loss is not None:
-        tl.store(loss, _total(losses, B, 256) / tl.where(divisor == 0, 1.0, divisor))
+        tl.store(loss, sum_of(losses, B, 256) / tl.where(divisor == 0, 1.0, divisor))

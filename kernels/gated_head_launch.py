@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmoe.kernels.launch import FLOATS, INTERPRETED, Launch, load, refusal
+from fedmoe.kernels.launch import FLOATS, INTERPRETED, Launch, load, not_dense, refusal
 
 _kernels = load("gated_head_kernels")
 
@@ -171,7 +171,10 @@ def unsupported(
     targets: Tensor,
     class_weights: Tensor | None,
 ) -> str:
-    """Why the kernels do not take these tensors; empty if they do. Shapes are taken to agree."""
+    """Why the kernels do not take these tensors; empty if they do."""
+    operands = global_, local, gate, weight, bias, targets
+    if reason := misfit(*operands, ("class_weights", class_weights, 0)):
+        return reason
     tensors = (
         ("global", global_, FLOATS),
         ("local", local, (global_.dtype,)),
@@ -187,6 +190,55 @@ def unsupported(
         return f"{len(weight)} classes are more than {MAX_CLASSES}"
     if len(weight) == 0:
         return "there are no classes"
+    if weight.numel() > 2**31:
+        return f"weight has {weight.numel()} elements, more than 2³¹"
+    header = ("weight", weight, 0), ("bias", bias, 0), ("class_weights", class_weights, 0)
+    return too_far(("global", global_, 1), ("local", local, 1), *header)
+
+
+def misfit(
+    global_: Tensor,  # [B, D]
+    local: Tensor,  # [B, D]
+    gate: Tensor,  # [B, 2]
+    weight: Tensor,  # [C, D]
+    bias: Tensor | None,  # [C]
+    targets: Tensor,  # [B]
+    weights: tuple[str, Tensor | None, int],  # a loss's: name, tensor, and whether its size is C (0) or B (1)
+) -> str:
+    """Why a head's operands do not fit together; empty if they do."""
+    for name, tensor in (("global", global_), ("weight", weight)):
+        if reason := not_dense(name, tensor):
+            return reason
+        if tensor.ndim != 2:
+            return f"{name} has shape {tuple(tensor.shape)}, expected two dimensions"
+    (rows, width), classes = global_.shape, len(weight)
+    for name, given, shape in (
+        ("local", local, (rows, width)),
+        ("gate", gate, (rows, 2)),
+        ("weight", weight, (classes, width)),
+        ("bias", bias, (classes,)),
+        ("targets", targets, (rows,)),
+        (*weights[:2], ((classes, rows)[weights[2]],)),
+    ):
+        if given is None:
+            continue
+        if reason := not_dense(name, given):
+            return reason
+        if given.shape != shape:
+            return f"{name} has shape {tuple(given.shape)}, expected {shape}"
+    return ""
+
+
+def too_far(*tensors: tuple[str, Tensor | None, int]) -> str:
+    """Why 32 bits do not reach all elements of a tensor's dimensions from the one given on; empty if they do.
+
+    Kernels compute offsets of rows in 64 bits, of features and classes in 32: half the registers.
+    """
+    for name, tensor, first in tensors:
+        if tensor is not None:
+            strides = tensor.stride()
+            if sum((n - 1) * step for n, step in zip(tensor.shape[first:], strides[first:], strict=True)) >= 2**31:
+                return f"{name} has strides {strides}, which take it beyond 2³¹ elements: use {name}.contiguous()"
     return ""
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
-from fedmoe.kernels.gated_head import BUFFERS, check_options, check_shapes
-from fedmoe.kernels.gated_head_launch import Inputs, Options, unmultiplied
+from fedmoe.kernels.gated_head import BUFFERS, check_options
+from fedmoe.kernels.gated_head_launch import Inputs, Options, misfit, too_far, unmultiplied
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES, Gradients, Scratch, slab_shape, sweep
 from fedmoe.kernels.launch import FLOATS, fits, refusal
 
@@ -56,6 +56,7 @@ def gated_lm_head(
     return out[0], out[1]
 
 
+@torch.no_grad()  # products into given buffers are refused where an operand is a parameter
 def gated_lm_head_step(
     global_: Tensor,  # [B, D]
     local: Tensor,  # [B, D]
@@ -91,7 +92,7 @@ def gated_lm_head_step(
         raise ValueError("d_bias is given, but no bias")
     (rows, width), classes, fp32 = global_.shape, len(weight), torch.float32
     scratch = scratch or Scratch.empty(global_, classes)
-    height, breadth = scratch.slab.shape
+    scratch.check(global_, classes)
     buffers: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]] = [
         ("scale", scale, (), fp32),
         ("denominator", denominator, (), fp32),
@@ -102,16 +103,7 @@ def gated_lm_head_step(
         ("d_gate", gradients.d_gate, (rows, 2), None),
         ("d_weight", gradients.d_weight, (classes, width), fp32),
         ("d_bias", gradients.d_bias, (classes,), fp32),
-        ("scratch.mixed", scratch.mixed, (rows, width), global_.dtype),
-        ("scratch.slab", scratch.slab, (height, breadth), global_.dtype),
-        ("scratch.losses", scratch.losses, (rows,), fp32),
-        ("scratch.hits", scratch.hits, (rows,), torch.int32),
     ]
-    if scratch.d_mixed is None or (breadth < classes and scratch.carried is None):
-        raise ValueError(f"scratch lacks d_mixed or carried, expected what Scratch.empty makes for {classes} classes")
-    if breadth % 64:
-        raise ValueError(f"scratch.slab has {breadth} columns, expected a multiple of 64")
-    buffers.append(("scratch.d_mixed", scratch.d_mixed, (height, width), fp32))
     for name, tensor, shape, dtype in buffers:
         if tensor is not None:
             fits(name, tensor, shape, dtype, global_.device)
@@ -130,7 +122,8 @@ def gated_lm_head_supported(
     token_weights: Tensor | None = None,  # [B]
 ) -> tuple[bool, str]:
     """Whether `gated_lm_head` and `gated_lm_head_step` take these tensors, and if not, why."""
-    reason = refusal(
+    operands = global_, local, gate, weight, bias, targets
+    reason = misfit(*operands, ("token_weights", token_weights, 1)) or refusal(
         (
             ("global", global_, FLOATS),
             ("local", local, (global_.dtype,)),
@@ -141,7 +134,7 @@ def gated_lm_head_supported(
             ("token_weights", token_weights, FLOATS),
         )
     )
-    reason = reason or unmultiplied(global_)
+    reason = reason or unmultiplied(global_) or too_far(("global", global_, 1), ("local", local, 1), ("bias", bias, 0))
     if not reason and not 0 < len(weight) < 2**31:
         reason = f"there are {len(weight)} classes"
     return not reason, reason
@@ -158,7 +151,6 @@ def gated_lm_head_denominator(
 
 
 def _check(inputs: Inputs) -> None:
-    check_shapes(*inputs[:6], ("token_weights", inputs[6], tuple(inputs[5].shape)))
     supported, reason = gated_lm_head_supported(*inputs)
     if not supported:
         raise ValueError(f"gated_lm_head: {reason}")
@@ -260,21 +252,23 @@ def _(upstream: Tensor, denominator: Tensor, *others: Any) -> tuple[Tensor, ...]
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options, ctx.slab_bytes, ctx.done = inputs[7:11], inputs[12], inputs[13]
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[2], *(output[3:] if ctx.done else inputs[:7]), *(inputs[3:5] if ctx.done else ()))
+    ctx.save_for_backward(output[2], *(output[3:] if ctx.done else inputs[:7]))
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     denominator, *saved = ctx.saved_tensors
     if ctx.done:
-        gradients, weight, bias = [g * upstream for g in saved[:5]], saved[5], saved[6]
+        if torch.is_grad_enabled():  # create_graph: what is made already depends on nothing that autograd knows
+            raise RuntimeError("gated_lm_head has no second derivative")
+        # In fp32, because PyTorch would first round a 0-dimensional factor to the gradient's dtype.
+        gradients = [g.float() * upstream for g in saved]
     else:
-        weight, bias = saved[3:5]
         header = any(ctx.needs_input_grad[3:5])
-        gradients = list(_backward(upstream, denominator, *saved, *ctx.options, ctx.slab_bytes, header))
-    d_weight = gradients[3].to(weight.dtype) if gradients[3].numel() else None
-    d_bias = gradients[4].to(bias.dtype) if gradients[4].numel() else None
-    return (*gradients[:3], d_weight, d_bias, *[None] * 10)
+        gradients = _backward(upstream, denominator, *saved, *ctx.options, ctx.slab_bytes, header)
+    out = [g.to(dtype) if g.numel() else None for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return (*out, *[None] * 10)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -8,7 +8,7 @@ it in the L2 cache, since the rows in flight (256 KiB each for 128256 classes in
 import triton
 import triton.language as tl
 
-from fedmoe.kernels.gated_head_kernels import _put
+from fedmoe.kernels.gated_common_kernels import capped, put
 
 ROW_TILE = (4096, 8)
 """`losses_kernel`'s BLOCK_V, less where there are fewer classes, and warps."""
@@ -31,10 +31,8 @@ def _logits(logits, bias, c, held, inside, BIAS_C: tl.constexpr, SOFTCAP: tl.con
     z = tl.load(logits + c, mask=held, other=0.0).to(tl.float32)
     if bias is not None:
         z += tl.load(bias + c * BIAS_C, mask=inside, other=0.0).to(tl.float32)
-    if SOFTCAP > 0:  # cap · tanh(z / cap), by exponentials that cannot overflow
-        e = tl.exp(-2 * tl.abs(z) / SOFTCAP)
-        capped = SOFTCAP * (1 - e) / (1 + e)
-        z = tl.where(z < 0, -capped, capped)
+    if SOFTCAP > 0:
+        z = capped(z, SOFTCAP)
     return z
 
 
@@ -90,7 +88,8 @@ def losses_kernel(
         if token_weights is not None:
             w = tl.load(token_weights + row * TOKEN_WEIGHTS_R).to(tl.float32)
         w = tl.where((label >= 0) & (label < C), w, float("nan"))  # a label out of range: its loss is noticed
-        m, s, g, z_y, b = float("-inf"), 0.0, 0.0, 0.0, 0
+        # The top starts low but finite: where a whole block is -inf, -inf − -inf would make everything NaN.
+        m, s, g, z_y, b = -3e38, 0.0, 0.0, 0.0, 0
         if not FIRST:
             m, s, g = tl.load(top + row), tl.load(others + row), tl.load(gaps + row)
             z_y, b = tl.load(target_logit + row), tl.load(best + row)
@@ -107,7 +106,7 @@ def losses_kernel(
                 b = tl.where(block_top > m, tl.min(tl.where(z == block_top, START + c, C), 0), b)
                 new = tl.maximum(m, block_top)
                 if SMOOTHING > 0:  # as distances from the top: each is exact where the logits share a large offset
-                    g += tl.where(START + start > 0, (START + start) * (new - tl.maximum(m, -3e38)), 0.0)
+                    g += (START + start) * (new - m)
                     g += tl.sum(tl.where(inside, new - z, 0.0), 0)
                 e = tl.where(START + c == y, 0.0, tl.exp(z - new))
                 s = s * tl.exp(m - new) + tl.sum(e, 0)
@@ -170,4 +169,4 @@ def bias_kernel(
         at = d_logits + row[:, None] * LOGITS_R + c[None, :]
         dz = tl.load(at, mask=(rows < R)[:, None] & (c < HELD)[None, :], other=0.0).to(tl.float32)
         db += tl.sum(dz, 0)
-    _put(d_bias + c, db, inside, ADD_BIAS)
+    put(d_bias + c, db, inside, ADD_BIAS)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedmoe.kernels import gated_mix
 from fedmoe.kernels.gated_head_launch import Inputs, Options
-from fedmoe.kernels.launch import Launch, load
+from fedmoe.kernels.launch import Launch, fits, load
 
 _kernels = load("gated_lm_head_kernels")
 
@@ -61,6 +61,26 @@ class Scratch(NamedTuple):
             hits,
             (*fp32.new_empty(4, height).unbind(), hits.new_empty(height)) if breadth < classes else None,  # type: ignore[arg-type]
         )
+
+    def check(self, global_: Tensor, classes: int) -> None:  # for global_ [B, D]
+        """Raise ValueError unless it serves a step with C classes."""
+        if self.slab.ndim != 2 or self.slab.shape[0] < 1 or self.slab.shape[1] < 64 or self.slab.shape[1] % 64:
+            raise ValueError(f"scratch.slab has shape {tuple(self.slab.shape)}, expected [R, a multiple of 64]")
+        (rows, width), (height, breadth), fp32 = global_.shape, self.slab.shape, torch.float32
+        if self.d_mixed is None or (breadth < classes and self.carried is None):
+            raise ValueError(
+                f"scratch lacks d_mixed or carried, expected what Scratch.empty makes for {classes} classes"
+            )
+        kinds = fp32, fp32, fp32, fp32, torch.int32
+        for name, tensor, shape, dtype in (
+            ("mixed", self.mixed, (rows, width), global_.dtype),
+            ("slab", self.slab, (height, breadth), global_.dtype),
+            ("d_mixed", self.d_mixed, (height, width), fp32),
+            ("losses", self.losses, (rows,), fp32),
+            ("hits", self.hits, (rows,), torch.int32),
+            *((f"carried[{k}]", t, (height,), kinds[k]) for k, t in enumerate(self.carried or ())),
+        ):
+            fits(f"scratch.{name}", tensor, shape, dtype, global_.device)
 
 
 def slab_shape(rows: int, classes: int, element: int, slab_bytes: int) -> tuple[int, int]:  # R, S

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
-from fedmoe.kernels.gated_head_launch import strides, unmultiplied
-from fedmoe.kernels.launch import FLOATS, Launch, fits, load, refusal
+from fedmoe.kernels.gated_head_launch import strides, too_far, unmultiplied
+from fedmoe.kernels.launch import FLOATS, Launch, fits, load, not_dense, refusal
 
 _kernels = load("gated_mix_kernels")
 
@@ -81,16 +81,25 @@ def gated_mix_supported(
     gate: Tensor,  # [B, 2]
 ) -> tuple[bool, str]:
     """Whether `gated_mix` takes these tensors, and if not, why."""
-    tensors = (("global", global_, FLOATS), ("local", local, (global_.dtype,)), ("gate", gate, FLOATS))
-    reason = refusal(tensors) or unmultiplied(global_)
+    reason = _misfit(global_, local, gate)
+    if not reason:
+        tensors = (("global", global_, FLOATS), ("local", local, (global_.dtype,)), ("gate", gate, FLOATS))
+        reason = refusal(tensors) or unmultiplied(global_) or too_far(("global", global_, 1), ("local", local, 1))
     return not reason, reason
 
 
-def _check(global_: Tensor, local: Tensor, gate: Tensor) -> None:
+def _misfit(global_: Tensor, local: Tensor, gate: Tensor) -> str:
+    for name, tensor in (("global", global_), ("local", local), ("gate", gate)):
+        if reason := not_dense(name, tensor):
+            return reason
     if global_.ndim != 2 or local.shape != global_.shape:
-        raise ValueError(f"global has shape {tuple(global_.shape)}, local {tuple(local.shape)}, expected equal [B, D]")
+        return f"global has shape {tuple(global_.shape)}, local {tuple(local.shape)}, expected equal [B, D]"
     if gate.shape != (len(global_), 2):
-        raise ValueError(f"gate has shape {tuple(gate.shape)}, expected {(len(global_), 2)}")
+        return f"gate has shape {tuple(gate.shape)}, expected {(len(global_), 2)}"
+    return ""
+
+
+def _check(global_: Tensor, local: Tensor, gate: Tensor) -> None:
     supported, reason = gated_mix_supported(global_, local, gate)
     if not supported:
         raise ValueError(f"gated_mix: {reason}")

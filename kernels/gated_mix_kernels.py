@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fedmoe.kernels.gated_head_kernels import _alphas, _put
+from fedmoe.kernels.gated_common_kernels import alphas, put
 
 MIX_TILE = (4, 256, 4, 2)
 """BLOCK_B, BLOCK_D, warps and stages of both kernels."""
@@ -30,7 +30,7 @@ def mix_kernel(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = rows < B
     row = rows.to(tl.int64)
-    alpha_g, alpha_l = _alphas(gate, row, live, GATE_B, GATE_E)
+    alpha_g, alpha_l = alphas(gate, row, live, GATE_B, GATE_E)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = live[:, None] & (d < D)[None, :]
@@ -67,7 +67,7 @@ def mix_backward_kernel(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = rows < B
     row = rows.to(tl.int64)
-    alpha_g, alpha_l = _alphas(gate, row, live, GATE_B, GATE_E)
+    alpha_g, alpha_l = alphas(gate, row, live, GATE_B, GATE_E)
     dots = tl.zeros([BLOCK_B], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -77,8 +77,8 @@ def mix_backward_kernel(
         r_g = tl.load(global_ + row[:, None] * GLOBAL_B + d[None, :] * GLOBAL_D, mask=inside, other=0.0)
         r_l = tl.load(local + row[:, None] * LOCAL_B + d[None, :] * LOCAL_D, mask=inside, other=0.0)
         dots += tl.sum(dr * (r_g.to(tl.float32) - r_l.to(tl.float32)), 1)
-        _put(d_global + at, alpha_g[:, None] * dr, inside, ADD_GLOBAL)
-        _put(d_local + at, alpha_l[:, None] * dr, inside, ADD_LOCAL)
+        put(d_global + at, alpha_g[:, None] * dr, inside, ADD_GLOBAL)
+        put(d_local + at, alpha_l[:, None] * dr, inside, ADD_LOCAL)
     dg = alpha_g * alpha_l * dots
-    _put(d_gate + row * 2, dg, live, ADD_GATE)
-    _put(d_gate + row * 2 + 1, -dg, live, ADD_GATE)
+    put(d_gate + row * 2, dg, live, ADD_GATE)
+    put(d_gate + row * 2 + 1, -dg, live, ADD_GATE)

@@ -140,7 +140,7 @@ def shipped() -> Iterator[tuple[str, str, Launch]]:
         (torch.bfloat16, (3, 31, 33), False, False),
     ):
         images, labels = torch.empty(1000, *shape, dtype=torch.uint8), torch.empty(1000, dtype=torch.int64)
-        indices, mean = labels[:64], torch.empty(shape[0])
+        indices, mean = labels[:64].int() if shape[1] % 2 else labels[:64], torch.empty(shape[0])
         drawn = None if plain else torch.empty(64, 3, dtype=torch.int32)
         x, y = _outputs(images, indices, dtype, last)
         size = "x".join(map(str, shape))

@@ -57,6 +57,8 @@ def refusal(tensors: Iterable[tuple[str, Tensor | None, Collection[torch.dtype]]
     All must be where the first is. Tensors that are None are left out.
     """
     given = [(name, tensor, dtypes) for name, tensor, dtypes in tensors if tensor is not None]
+    if reason := next(filter(None, (not_dense(name, tensor) for name, tensor, _ in given)), ""):
+        return reason
     first, reference, _ = given[0]
     if _missing:
         return f"Triton is missing ({_missing})"
@@ -73,8 +75,17 @@ def refusal(tensors: Iterable[tuple[str, Tensor | None, Collection[torch.dtype]]
     return ""
 
 
+def not_dense(name: str, value: object) -> str:
+    """Why `value` is no memory that a kernel could walk through; empty if it is."""
+    if not isinstance(value, Tensor):
+        return f"{name} is {value!r}, expected a tensor"
+    return "" if value.layout == torch.strided else f"{name} is {value.layout}, expected a dense tensor"
+
+
 def fits(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device) -> None:
     """Raise ValueError unless `tensor` is a contiguous buffer of this shape and dtype (None: any floating) there."""
+    if reason := not_dense(name, tensor):
+        raise ValueError(reason)
     if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != device:
         found = f"shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
         raise ValueError(f"{name} has {found}, expected contiguous {shape} on {device}")

@@ -1,5 +1,6 @@
 """What a measurement depends on besides the code: hardware, driver, versions, commit. What is not known is None."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -9,16 +10,27 @@ import torch
 
 Facts = dict[str, str | int | None]
 
+DEVICE = {
+    "driver": "driver_version",
+    "power_limit": "power.limit",
+    "max_sm_clock": "clocks.max.sm",
+    "max_memory_clock": "clocks.max.memory",
+    "set_sm_clock": "clocks.applications.graphics",
+}
+"""What decides how fast it runs, and NVML's names for that."""
+
 
 def environment(root: Path) -> Facts:
     """Of this machine and process, and of the checkout at `root`."""
     cuda = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        **(_device() if cuda else dict.fromkeys(DEVICE)),
         "cuda": torch.version.cuda,
+        "cublas": _version("nvidia-cublas") or _version("nvidia-cublas-cu12"),  # torch itself does not tell
         "torch": torch.__version__,
-        "triton": _triton(),
+        "triton": _version("triton") or _version("pytorch-triton"),
+        **{name: _version(name) for name in ("liger-kernel", "cut-cross-entropy", "apex")},
         "python": platform.python_version(),
         "commit": _commit(root),
         "cpu": _cpu(),
@@ -26,12 +38,17 @@ def environment(root: Path) -> Facts:
     }
 
 
-def _triton() -> str | None:
+def _device() -> dict[str, str | None]:
+    said = _said("nvidia-smi", f"--query-gpu={','.join(DEVICE.values())}", "--format=csv,noheader") or ""
+    told = [None if value.startswith("[") else value for value in said.split(", ")]  # as in [N/A]
+    return dict(zip(DEVICE, told, strict=True)) if len(told) == len(DEVICE) else dict.fromkeys(DEVICE)
+
+
+def _version(package: str) -> str | None:
     try:
-        import triton
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    return str(triton.__version__)
 
 
 def _commit(root: Path) -> str | None:

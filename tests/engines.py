@@ -30,11 +30,18 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def engine(
-    config: Config, run: Path, how: How, device: str = "cpu", resident: bool = True, memory: int = 2**40, **more: Any
+    config: Config,
+    run: Path,
+    how: How,
+    device: str = "cpu",
+    resident: bool = True,
+    memory: int = 2**40,
+    folder: str = "store",
+    **more: Any,
 ) -> Iterator[DeviceEngine]:
     """An engine over a run folder; `memory` bytes hold states before they go to files."""
     on = prepare(device, 0, config.run.deterministic)
-    with Store(on, device_bytes=memory, host_bytes=memory, folder=run / "store") as store:
+    with Store(on, device_bytes=memory, host_bytes=memory, folder=run / folder) as store:
         yield DeviceEngine(Federation(config, run), on, store, how, resident, **more)
 
 

@@ -92,7 +92,7 @@ def check(
     given: Operands,
     targets: Tensor,
     reduction: str = "mean",
-    scale: float = 3.0,
+    scale: float = 0.7,  # bf16 cannot hold it
     head: Head = FEW,
     slab_bytes: int | None = None,
     **options: Any,

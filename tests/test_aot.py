@@ -1,23 +1,28 @@
 """Every shipped configuration of the Triton kernels, compiled ahead of time, without a GPU."""
 
-import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from fedmoe.kernels.aot import SHARED_LIMIT, compiled
-from fedmoe.kernels.launch import INTERPRETED
+from fedmoe.kernels.gather import gather_launch
+from fedmoe.kernels.launch import INTERPRETED, Launch
 from fedmoe.kernels.shipped import Shipped, shipped
+from tests.offsets import overflowing
 from tests.planted import planted
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
 
-OFFSETS = re.compile(r"tt\.addptr .*[ x](i\d+)>? ")
 ALL = list(shipped())
 WIDE = [made for made in ALL if made.kernel.startswith("flat_optimizer") and "control" not in made.kernel]
+WIDENED = ".to(tl.int64)"
+MODULES = sorted({made.launch.kernel.fn.__module__ for made in ALL})
+CASTS = [(m, place) for m in MODULES for place in range(Path(str(sys.modules[m].__file__)).read_text().count(WIDENED))]
+"""Every place that widens an offset."""
 FIRST = list({made.kernel: made for made in reversed(ALL)}.values())
 
 
@@ -33,19 +38,31 @@ def test_shipped(arch: int, made: Shipped) -> None:
     assert "tf32" not in got.ptx
     assert bool(got.products) == made.tensor_cores, got.products
     assert max(got.copies, default=0) >= made.copy
-    offsets = OFFSETS.findall(got.ttir)
-    assert "i64" in offsets or not offsets, "row offsets in 32 bits overflow from 2³¹ elements on"
+    assert not overflowing(got.ttir, made.launch)
 
 
-@pytest.mark.parametrize("kernel", ["gated_head rows", "gated_lm_head losses and gradient"])
-def test_row_offsets_in_32_bits_are_noticed(kernel: str, tmp_path: Path) -> None:
-    """The bug that overflows at 2³¹ elements of tokens × vocabulary."""
-    made = next(made for made in ALL if made.kernel.startswith(kernel))
-    module = sys.modules[made.launch.kernel.fn.__module__]
-    copy = planted(module, ".to(tl.int64)", "", tmp_path, everywhere=True)
-    call = made.launch._replace(kernel=getattr(copy, made.launch.kernel.fn.__name__))
-    assert "i64" in OFFSETS.findall(compiled(made.launch, 90).ttir)
-    assert "i64" not in OFFSETS.findall(compiled(call, 90).ttir)
+def far_apart() -> Launch:
+    """A batch from images that are a view of something else, so that 3 channels or 31 columns span 2³¹ bytes."""
+    with torch.device("meta"):
+        images = torch.empty_strided((1000, 3, 32, 32), (2**32, 2**30, 2**29, 2**27), dtype=torch.uint8)
+        labels, mean, drawn = torch.empty(64, dtype=torch.int64), torch.empty(3), torch.empty(64, 3, dtype=torch.int32)
+        return gather_launch(images, labels, labels, mean, mean, drawn, torch.empty(64, 3, 32, 32), labels)
+
+
+def test_views_far_apart_do_not_overflow() -> None:
+    assert not overflowing(compiled(far_apart(), 90).ttir, far_apart())
+
+
+@pytest.mark.parametrize(("module", "place"), CASTS, ids=lambda value: str(value).rpartition(".")[2])
+def test_offsets_in_32_bits_are_noticed(module: str, place: int, tmp_path: Path) -> None:
+    """The bug that overflows at 2³¹ elements of, say, tokens × vocabulary: each widening left out alone."""
+    copy = planted(sys.modules[module], WIDENED, "", tmp_path, place)
+    for launch in (*(made.launch for made in ALL), far_apart()):
+        if launch.kernel.fn.__module__ == module:
+            call = launch._replace(kernel=getattr(copy, launch.kernel.fn.__name__))
+            if overflowing(compiled(call, 90).ttir, call):
+                return
+    pytest.fail("not noticed")
 
 
 @pytest.mark.parametrize("made", WIDE, ids=lambda made: f"{made.kernel} {made.configuration}")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -462,19 +463,19 @@ def test_second_signal_stops_at_once_and_keeps_the_checkpoint(tmp_path: Path, fe
 
 def signal_twice() -> None:
     """Have this process send itself the signal twice in its third training step."""
-    from fedmoe.client import Client
+    from fedmoe.engine.samples import Loader
 
-    batch, count = Client.batch, 0
+    batch, count = Loader.batch, 0
 
-    def counted(self: Client, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(self: Loader, indices: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal count
         count += 1
         if count == 10:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, indices)
+        return batch(self, indices, channels_last)
 
-    Client.batch = counted  # type: ignore[method-assign]
+    Loader.batch = counted  # type: ignore[method-assign]
 
 
 def test_second_signal_while_the_first_is_obeyed_loses_nothing(tmp_path: Path) -> None:
@@ -487,21 +488,21 @@ def test_second_signal_while_the_first_is_obeyed_loses_nothing(tmp_path: Path) -
 
 def signal_in_rollback() -> None:
     """Have this process send itself a signal once round 3 is recorded, and another when it rolls back for it."""
+    from fedmoe.engine.device_engine import DeviceEngine
     from fedmoe.metrics import Line, Log
-    from fedmoe.reference import ReferenceEngine
 
-    append, rollback = Log.append, ReferenceEngine.rollback
+    append, rollback = Log.append, DeviceEngine.rollback
 
     def signalling(self: Log, line: Line) -> None:
         append(self, line)
         if line["round"] == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def again(self: ReferenceEngine) -> None:
+    def again(self: DeviceEngine) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         rollback(self)
 
-    Log.append, ReferenceEngine.rollback = signalling, again  # type: ignore[method-assign]
+    Log.append, DeviceEngine.rollback = signalling, again  # type: ignore[method-assign]
 
 
 def test_signals_that_the_parent_had_ignored_stay_so(tmp_path: Path) -> None:
@@ -549,20 +550,43 @@ def test_model_that_fails_late_loses_no_round(tmp_path: Path, fedmoe: Fedmoe) ->
 
 def fail_in_round_3() -> None:
     """Have client 4 refuse its third training."""
-    from fedmoe.client import Client
-    from fedmoe.engine.seam import Payload
+    from fedmoe.engine.device_engine import DeviceEngine
     from fedmoe.errors import UserError
 
-    receive, count = Client.receive, 0
+    train, count = DeviceEngine._train, 0
 
-    def failing(self: Client, payload: Payload) -> None:
+    def failing(self: DeviceEngine, member: Any, *others: Any) -> Any:
         nonlocal count
-        count += self.id == 4
+        count += member.id == 4
         if count == 3:
             raise UserError("client 4 has had enough")
-        receive(self, payload)
+        return train(self, member, *others)
 
-    Client.receive = failing  # type: ignore[method-assign]
+    DeviceEngine._train = failing  # type: ignore[assignment, method-assign]
+
+
+def test_memory_that_does_not_suffice_is_told_once(tmp_path: Path) -> None:
+    done = Command(tmp_path, "train", *SMALL, "--run.dir=run", plant=little_memory).wait()
+    told = [line for line in done.out.splitlines() if "out of device memory" in line]
+    assert done.code == 0 and len(told) == 5
+    assert told[0] == "round 1: out of device memory: client 0 takes batches in 4 parts"
+    assert metrics.read(tmp_path / "run")[1]["parts"] == {str(client): 4 for client in range(5)}
+    done = Command(tmp_path, "train", *SMALL, "--run.dir=other", "--gate.norm=paper", plant=little_memory).wait()
+    assert "needs whole batches: lower training.batch_size" in done.one_line()
+
+
+def little_memory() -> None:
+    """Have this process find memory for 20 samples at a time in training."""
+    from fedmoe.engine import step
+
+    limited = step.branches
+
+    def branches(program: Any, x: torch.Tensor, streams: Any) -> Any:
+        if program.modules.training and len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return limited(program, x, streams)
+
+    step.branches = branches
 
 
 def test_metrics_that_the_disk_refuses_between_checkpoints(tmp_path: Path, fedmoe: Fedmoe) -> None:

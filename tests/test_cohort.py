@@ -282,6 +282,26 @@ def test_paged_and_from_the_host_is_the_same(ragged: Config, tmp_path: Path) -> 
     assert_same(trained(ragged, run, jobs, cohort=2, memory=0, resident=False), whole)
 
 
+def test_half_of_them_at_a_time_where_memory_does_not_suffice(
+    ragged: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, jobs = begin(ragged, tmp_path / "run"), jobs_of(ragged, 0, 1, 2, 3, 4)
+    take, most = Cohort._take, [2]
+
+    def short(self: Cohort, indices: Tensor) -> None:
+        take(self, indices)
+        if self.rows > most[0] and self._next == 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Cohort, "_take", short)
+    theirs = trained(ragged, run, jobs)
+    with pytest.warns(UserWarning, match="out of device memory with 5 clients together: from now on 2"):
+        assert_close(trained(ragged, run, jobs, cohort=5), theirs, TOLERANCE)
+    most[0] = 1
+    with pytest.warns(UserWarning, match="with 2 clients together: from now on 1"):
+        assert_same(trained(ragged, run, jobs, cohort=5), theirs)
+
+
 def test_large_clients_train_alone(ragged: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, jobs = begin(ragged, tmp_path / "run"), jobs_of(ragged, 0, 1)
     monkeypatch.setattr(cohort_jobs, "LARGE", 1000)

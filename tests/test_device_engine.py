@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.seam import Interrupted, Job
+from fedmoe.engine import step as steps
+from fedmoe.engine.program import Program
+from fedmoe.engine.seam import Interrupted, Job, Refused
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
@@ -243,10 +245,88 @@ def test_fp16_overflow_skips_the_step_and_is_counted(config: Config, tmp_path: P
         assert result.metrics["rolled_back"] == 0 and step.scale.scale < 2.0**40
 
 
+@pytest.mark.parametrize("how", [PLAIN, replace(PLAIN, optimizer="flat")])
+def test_parameters_without_a_gradient_stay_as_they_are(config: Config, tmp_path: Path, how: How) -> None:
+    """And frozen ones: weight decay, too, passes over them, as in the plain loop."""
+    config = changed(config, model={"local": ("tests.test_device_engine:lazy",)}, training={"weight_decay": 0.1})
+    run = begin(config, tmp_path / "run")
+    found, expected = outcome(config, run, how), reference(config, run)
+    assert_close(found, expected, TOLERANCE["fp32"])
+    for name in ("idle", "frozen"):
+        assert torch.equal(found.states[0][f"model/local_expert.{name}.weight"], expected.states[0][
+            f"model/local_expert.{name}.weight"
+        ])  # fmt: skip
+
+
+PARTS = {"torch": PLAIN, "flat": replace(PLAIN, optimizer="flat")} | {
+    f"{optimizer}, {low}": replace(PLAIN, optimizer=optimizer, precision=low)
+    for optimizer, low in (("torch", "bf16"), ("flat", "bf16"), ("flat", "fp16"))
+}
+
+
+@pytest.mark.parametrize("how", PARTS)
+def test_out_of_memory_halves_the_batches_parts(
+    config: Config, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has memory for 6 samples at a time: batches of 16 are taken in four parts, with the same result."""
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run, PARTS[how])
+    limited = steps.branches
+
+    def branches(program: Program, x: torch.Tensor, streams: list[torch.cuda.Stream]) -> dict[str, torch.Tensor]:
+        if program.modules.training and len(x) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return limited(program, x, streams)
+
+    monkeypatch.setattr(steps, "branches", branches)
+    found = outcome(config, run, PARTS[how])
+    assert {result.metrics.pop("parts") for result in found.train} == {4}
+    assert_close(found, expected, TOLERANCE[PARTS[how].precision])
+
+
+def test_out_of_memory_without_a_way_out_is_one_line(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    for norm, why in (
+        ("none", "it takes them in 16 parts already"),
+        ("paper", "its normalization needs whole batches"),
+    ):
+        run = begin(changed(config, gate={"norm": norm}), tmp_path / norm)
+        with engine(changed(config, gate={"norm": norm}), run, PLAIN) as made:
+            job = Job(0, 1, theta(config), {"epochs": 1})
+            made._open(0)
+            monkeypatch.setattr(Step, "_take", full)
+            with pytest.raises(Refused, match=rf"client 0, cnn-1: out of device memory with batches of 16, and {why}"):
+                list(made.run("train", [job]))
+            made.rollback()
+        monkeypatch.undo()
+
+
 def dropping(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     nn = torch.nn
     width = shape[0] * shape[1] * shape[2]
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 50), nn.Dropout(0.5)), nn.Linear(50, classes)
+
+
+class Lazy(torch.nn.Module):
+    """Has layers that it does not use, or that are not to be trained."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.idle = torch.nn.Linear(5, 5)
+        self.frozen = torch.nn.Linear(features, features).requires_grad_(False)
+        self.linear = torch.nn.Linear(features, 50)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(self.frozen(x.flatten(1)))
+        return out
+
+
+def lazy(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return Lazy(shape[0] * shape[1] * shape[2]), torch.nn.Linear(50, classes)
 
 
 class Viewing(torch.nn.Module):

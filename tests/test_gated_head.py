@@ -78,6 +78,10 @@ def test_denominator() -> None:
     assert gated_head_denominator(targets) == 3
     assert gated_head_denominator(targets, torch.tensor([1.0, 5, 0.25])) == 1.5
     assert gated_head_denominator(targets, ignore_index=2) == 2
+    for wrong in (3, -1, 2**40):  # as the loss, not an error: on a GPU that would end the process
+        targets[0] = wrong
+        assert gated_head_denominator(targets, torch.ones(3)).isnan()
+        assert gated_head_denominator(targets, torch.ones(3), ignore_index=wrong).isnan()
 
 
 @pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1 is set")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedmoe import checkpoint, metrics
-from fedmoe.client import Client
+from fedmoe.engine.samples import Loader
 from tests.support import Command
 
 OPTIONS = (
@@ -185,16 +185,16 @@ def hashes(manifest: dict[str, Any]) -> dict[str, str]:
 
 def signal_at(batch: int, number: signal.Signals) -> None:
     """Have this process send itself a signal when it takes its `batch`-th batch, of training or of evaluation."""
-    take, count = Client.batch, 0
+    take, count = Loader.batch, 0
 
-    def counted(self: Client, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(self: Loader, indices: torch.Tensor, channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal count
         count += 1
         if count == batch:
             os.kill(os.getpid(), number)
-        return take(self, indices)
+        return take(self, indices, channels_last)
 
-    Client.batch = counted  # type: ignore[method-assign]
+    Loader.batch = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """The gated head with a vocabulary: mix, header, loss and the gradients of both representations, gate and weight.
 
 Ours counts correct predictions as well, which the fused baselines do not. The operands are random: CCE, which unless
-told otherwise skips gradients that hardly count, then skips nearly all but the targets'.
+told otherwise skips gradients that hardly count, then skips nearly all but the targets', and its row says how far off
+that is.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,24 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmoe.kernels.gated_lm_head_launch import Gradients
+from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES, Gradients, Scratch
 from fedmoe.profiling.bench import Absent, Bench, Call, Floor, Unavailable, attempt, sizes
 from tests.bench.variants import agreement, compiled, compiler, differentiated, plain_mix, tolerance
 
 NAMES = ("loss", "d_global", "d_local", "d_gate", "d_weight")
 CHUNKS = 2
 """Of the rows, wherever that can be chosen: as many as ours takes at this size."""
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+LIGER_OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0}
 
 
-@sizes("tokens, width, vocabulary, dtype", full=[(8192, 4096, 128256, "bfloat16")], tiny=[(24, 16, 40, "float32")])
+@sizes("tokens, width, vocabulary, dtype", full=[(8192, 4096, 128256, "bfloat16")], tiny=[(24, 16, 100, "float32")])
 def test_gated_lm_head(gpu_benchmark: Bench, tokens: int, width: int, vocabulary: int, dtype: str) -> None:
     bench, kind, fp32 = gpu_benchmark, getattr(torch, dtype), torch.float32
-    torch.manual_seed(0)
-    shapes = (tokens, width), (tokens, width), (tokens, 2), (vocabulary, width)
-    made = [torch.randn(*shape, device=bench.device, dtype=kind) for shape in shapes]
-    made[3] /= width**0.5
-    leaves = [t.requires_grad_() for t in made]
-    targets = torch.randint(0, vocabulary, (tokens,), device=bench.device)
+    leaves, targets = operands(bench, tokens, width, vocabulary, kind)
 
     def baseline(make: Callable[[], Callable[..., Tensor]]) -> Call | Absent:
         """A loss of mixed representations [T, D], weight and targets, with the mix in front."""
@@ -63,10 +61,62 @@ def test_gated_lm_head(gpu_benchmark: Bench, tokens: int, width: int, vocabulary
             "CCE, exact": baseline(lambda: cce(bench, filter_eps=None)),
             "ours": attempt(lambda: differentiated(ours(leaves, targets), leaves)),
             "ours, step": attempt(lambda: step(leaves, targets)),
+            "ours, recomputing": attempt(
+                lambda: differentiated(ours(leaves, targets, slab_bytes=small(bench)), leaves),
+            ),
+            "ours, step, recomputing": attempt(lambda: step(leaves, targets, small(bench))),
         },
         floor=floor(tokens, width, vocabulary, kind),
         check=agreement(NAMES, tolerance(kind)),
     )
+
+
+@sizes("tokens, width, vocabulary, dtype", full=[(8192, 4096, 128256, "bfloat16")], tiny=[(24, 16, 100, "float32")])
+def test_gated_lm_head_options(gpu_benchmark: Bench, tokens: int, width: int, vocabulary: int, dtype: str) -> None:
+    """With a bias, smoothing, z-loss and softcap, for whose sake a kernel does more between the products."""
+    bench, kind = gpu_benchmark, getattr(torch, dtype)
+    leaves, targets = operands(bench, tokens, width, vocabulary, kind)
+    leaves.append(torch.randn(vocabulary, device=bench.device, dtype=kind).requires_grad_())
+
+    def whole(global_: Tensor, local: Tensor, gate: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        logits = F.linear(plain_mix(global_, local, gate), weight, bias).float()  # or bf16 would round the cap
+        logits = OPTIONS["softcap"] * torch.tanh(logits / OPTIONS["softcap"])
+        loss = F.cross_entropy(logits, targets, label_smoothing=OPTIONS["label_smoothing"])
+        return (loss + OPTIONS["z_loss"] * logits.logsumexp(1).square().mean(),)
+
+    def by_liger() -> Call:
+        loss = liger(bench, chunk_mem_const=-(-vocabulary // (CHUNKS * width)), **LIGER_OPTIONS)
+        return differentiated(
+            lambda g, l, gate, weight, bias: (loss(plain_mix(g, l, gate), weight, targets, bias),),  # noqa: E741
+            leaves,
+        )
+
+    bench(
+        {
+            "eager": differentiated(whole, leaves),
+            compiler(bench): differentiated(compiled(whole, bench), leaves),
+            "Liger, tuned": attempt(by_liger),
+            "ours": attempt(lambda: differentiated(ours(leaves, targets, **OPTIONS), leaves)),
+            "ours, step": attempt(lambda: step(leaves, targets, **OPTIONS)),
+            "ours, step, recomputing": attempt(lambda: step(leaves, targets, small(bench), **OPTIONS)),
+        },
+        floor=floor(tokens, width, vocabulary, kind),
+        check=agreement((*NAMES, "d_bias"), tolerance(kind)),
+    )
+
+
+def operands(bench: Bench, tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Representations, gate logits and header, and targets."""
+    torch.manual_seed(0)
+    shapes = (tokens, width), (tokens, width), (tokens, 2), (vocabulary, width)
+    made = [torch.randn(*shape, device=bench.device, dtype=dtype) for shape in shapes]
+    made[3] /= width**0.5
+    return [t.requires_grad_() for t in made], torch.randint(0, vocabulary, (tokens,), device=bench.device)
+
+
+def small(bench: Bench) -> int:
+    """A slab so small that the logits are computed twice, a part of the vocabulary at a time."""
+    return 2**26 if bench.full else 16 * 64 * 4
 
 
 def eager(mixed: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -126,32 +176,38 @@ def products(leaves: list[Tensor], chunks: int, accumulator: torch.dtype) -> Cal
 def _module(leaves: list[Tensor], targets: Tensor) -> Any:
     """Ours, if it takes these."""
     module: Any = importlib.import_module("fedmoe.kernels.gated_lm_head")
-    supported, why = module.gated_lm_head_supported(*leaves, None, targets)
+    supported, why = module.gated_lm_head_supported(*_with_bias(leaves), targets)
     if not supported:
         raise Unavailable(why)
     return module
 
 
-def ours(leaves: list[Tensor], targets: Tensor) -> Callable[..., tuple[Tensor]]:
+def _with_bias(leaves: Sequence[Tensor]) -> list[Any]:
+    return [*leaves, None][:5]
+
+
+def ours(leaves: list[Tensor], targets: Tensor, **options: Any) -> Callable[..., tuple[Tensor]]:
     """The differentiable entry."""
     head = _module(leaves, targets).gated_lm_head
-    return lambda *operands: (head(*operands, None, targets)[0],)
+    return lambda *given: (head(*_with_bias(given), targets, **options)[0],)
 
 
-def step(leaves: list[Tensor], targets: Tensor) -> Call:
+def step(leaves: list[Tensor], targets: Tensor, slab_bytes: int = SLAB_BYTES, **options: Any) -> Call:
     """The engine's entry, dW in fp32; what else it needs it allocates, so that its memory can be seen."""
     gated_lm_head_step = _module(leaves, targets).gated_lm_head_step
-    operands = [t.detach() for t in leaves]
-    d_rows = [torch.empty_like(t) for t in operands[:3]]
-    gradients = Gradients(d_rows[0], d_rows[1], d_rows[2], torch.empty_like(operands[3], dtype=torch.float32), None)
+    given = _with_bias([t.detach() for t in leaves])
+    d_rows = [torch.empty_like(t) for t in given[:3]]
+    d_header = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in given[3:]]
+    gradients = Gradients(d_rows[0], d_rows[1], d_rows[2], d_header[0], d_header[1])
     loss = torch.empty((), device=targets.device)
     correct = torch.empty((), dtype=torch.int64, device=targets.device)
     one, rows = torch.ones_like(loss), torch.full_like(loss, len(targets))
 
     def call() -> tuple[Tensor | None, ...]:
         keys = {"scale": one, "denominator": rows, "loss": loss, "correct": correct, "gradients": gradients}
-        gated_lm_head_step(*operands, None, targets, **keys)
-        return loss, *gradients[:4]
+        scratch = Scratch.empty(given[0], len(given[3]), slab_bytes)
+        gated_lm_head_step(*given, targets, **keys, scratch=scratch, **options)
+        return loss, *gradients[: len(leaves)]
 
     return call
 

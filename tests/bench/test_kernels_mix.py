@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmoe.kernels.gated_mix import gated_mix, gated_mix_supported
+from fedmoe.kernels.gated_mix import (
+    MixGradients,
+    gated_mix,
+    gated_mix_backward_step,
+    gated_mix_step,
+    gated_mix_supported,
+)
 from fedmoe.profiling.bench import Absent, Bench, Floor, attempt, sizes
 from tests.bench.variants import Graphed, agreement, compiled, compiler, plain_mix, tolerance
 
@@ -33,9 +39,14 @@ def test_gated_mix(gpu_benchmark: Bench, rows: int, width: int, dtype: str) -> N
         return call
 
     supported, why = gated_mix_supported(*leaves)
-    ours: dict[str, Any] = dict.fromkeys(("ours", "ours, graph"), Absent(why))
+    ours: dict[str, Any] = dict.fromkeys(("ours", "ours, graph", "ours, step", "ours, step, graph"), Absent(why))
     if supported:
-        ours = {"ours": both(gated_mix), "ours, graph": attempt(lambda: Graphed(both(gated_mix)))}
+        ours = {
+            "ours": both(gated_mix),
+            "ours, graph": attempt(lambda: Graphed(both(gated_mix))),
+            "ours, step": step(leaves, upstream),
+            "ours, step, graph": attempt(lambda: Graphed(step(leaves, upstream))),
+        }
     tuned = "max-autotune-no-cudagraphs"
     bench(
         {
@@ -50,3 +61,16 @@ def test_gated_mix(gpu_benchmark: Bench, rows: int, width: int, dtype: str) -> N
         floor=Floor(bytes=(8 * rows * width + 3 * 2 * rows) * kind.itemsize, flops=0, dtype=kind),
         check=agreement(NAMES, tolerance(kind)),
     )
+
+
+def step(leaves: list[Tensor], upstream: Tensor) -> Any:
+    """The engine's entries, into buffers made once."""
+    operands = [t.detach() for t in leaves]
+    mixed, gradients = torch.empty_like(upstream), MixGradients(*(torch.empty_like(t) for t in operands))
+
+    def call() -> tuple[Tensor, ...]:
+        gated_mix_step(*operands, mixed=mixed)
+        gated_mix_backward_step(upstream, *operands, gradients=gradients)
+        return mixed, *gradients
+
+    return call

@@ -10,7 +10,18 @@ import torch
 from fedmoe.kernels import oracle
 from fedmoe.kernels.gated_lm_head_launch import Scratch
 from fedmoe.kernels.gated_mix import gated_mix
-from tests.heads import ALL_OPTIONS, FEW, MANY, Head, Operands, assert_within_rule, check, class_weights, operands
+from tests.heads import (
+    ALL_OPTIONS,
+    FEW,
+    MANY,
+    NAMES,
+    Head,
+    Operands,
+    assert_within_rule,
+    check,
+    class_weights,
+    operands,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -56,6 +67,33 @@ def test_mix(dtype: torch.dtype) -> None:
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("head", [FEW, MANY], ids=["few", "vocabulary"])
+def test_heads_compile_as_one_graph(head: Head, reduction: str) -> None:
+    given, targets = on_gpu(130, 512, 100 if head is FEW else 3000, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in given]
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = head.functional(*tensors, label_smoothing=0.1, reduction=reduction)[0]
+        return (out * 0.7).sum()
+
+    expected = loss(*leaves, targets)
+    actual = torch.compile(loss, fullgraph=True)(*leaves, targets)
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_mix_compiles_as_one_graph() -> None:
+    (g, l_, gate, _, _), _ = on_gpu(130, 512, 1, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (g, l_, gate)]
+    upstream = torch.randn_like(g)
+    expected, actual = gated_mix(*leaves), torch.compile(gated_mix, fullgraph=True)(*leaves)
+    assert torch.equal(actual, expected)
+    theirs = torch.autograd.grad(expected, leaves, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(actual, leaves, upstream), theirs, strict=True))
+
+
 @contextmanager
 def _without_synchronization() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -65,24 +103,38 @@ def _without_synchronization() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("head", [FEW, MANY], ids=["few", "vocabulary"])
-def test_a_captured_step_gives_the_same_bits(head: Head) -> None:
-    given, targets = on_gpu(256, 512, 100 if head is FEW else 3000, dtype=torch.bfloat16)
-    wide = [torch.empty_like(t, dtype=torch.float32) if k > 2 else torch.empty_like(t) for k, t in enumerate(given)]
-    one, loss = torch.ones((), device="cuda"), torch.empty((), device="cuda")
+CUTS = {"whole": 256 * 3008 * 2, "rows": 64 * 3008 * 2, "classes": 100_000}
+"""Slabs for 256 tokens and 3000 classes in bf16: one; four row chunks; eight, with classes in parts, carried over."""
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["written", "added"])
+@pytest.mark.parametrize(("head", "cut"), [(FEW, ""), *((MANY, cut) for cut in CUTS)])
+def test_a_captured_step_of_parameters_gives_the_same_bits(head: Head, cut: str, accumulate: bool) -> None:
+    made, targets = on_gpu(256, 512, 100 if head is FEW else 3000, dtype=torch.bfloat16)
+    given = [torch.nn.Parameter(t) for t in made]
+    wide = [torch.empty_like(t, dtype=torch.float32) if k > 2 else torch.empty_like(t) for k, t in enumerate(made)]
+    scale, loss = torch.tensor(0.7, device="cuda"), torch.empty((), device="cuda")
     correct = torch.empty((), dtype=torch.int64, device="cuda")
-    scratch: dict[str, Any] = {} if head is FEW else {"scratch": Scratch.empty(given[0], 3000, 256 * 1000)}
+    scratch: dict[str, Any] = {} if head is FEW else {"scratch": Scratch.empty(made[0], 3000, CUTS[cut])}
+    before = 0.5 if accumulate else float("nan")
+
+    def refill() -> None:
+        for t in (loss, *wide):
+            t.fill_(before)
+        correct.fill_(7)
 
     def step() -> None:
         with _without_synchronization():
             head.step(
-                *given, targets, scale=one, denominator=head.denominator(targets), loss=loss, correct=correct,
-                gradients=head.gradients(*wide), **scratch,
+                *given, targets, scale=scale, denominator=head.denominator(targets), loss=loss, correct=correct,
+                gradients=head.gradients(*wide), accumulate=("loss", "correct", *NAMES[1:]) if accumulate else (),
+                **scratch,
             )  # fmt: skip
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        refill()
         step()
     torch.cuda.synchronize()
     expected = [t.clone() for t in (loss, correct, *wide)]
@@ -90,8 +142,7 @@ def test_a_captured_step_gives_the_same_bits(head: Head) -> None:
     with torch.cuda.graph(graph):
         step()
     for _ in range(3):
-        for t in (loss, *wide):
-            t.fill_(float("nan"))
+        refill()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip((loss, correct, *wide), expected, strict=True))
 

@@ -95,6 +95,12 @@ def test_logits_with_a_large_offset(offset: float, dtype: torch.dtype) -> None:
     check(given, targets)
 
 
+@pytest.mark.parametrize(("softcap", "spread"), [(20.0, 20.0), (100.0, 1.0), (1e3, 1.0), (1e6, 1.0), (1e30, 1.0)])
+def test_softcaps_around_and_far_above_the_logits(softcap: float, spread: float) -> None:
+    given, targets = operands(12, 20, 6)
+    check([*given[:4], given[4] * spread], targets, softcap=softcap)
+
+
 def test_inputs_that_are_not_contiguous() -> None:
     given, targets = operands(12, 40, 6)
     g, l_, gate, w, b = (t.clone() for t in given if t is not None)
@@ -203,6 +209,14 @@ def test_vmap() -> None:
             assert torch.equal(ours[k], theirs)
 
 
+def test_there_is_no_second_derivative() -> None:
+    given, targets = operands(5, 20, 3)
+    leaves = [t.requires_grad_() for t in given]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first = torch.autograd.grad(gated_head(*leaves, targets)[0], leaves, create_graph=True)
+        torch.autograd.grad(first[0].sum(), leaves)
+
+
 def test_bf16_is_refused_here() -> None:
     given, targets = operands(5, 20, 3, torch.bfloat16)
     assert gated_head_supported(*given, targets) == (False, "Triton's interpreter multiplies bfloat16 wrongly")
@@ -214,7 +228,7 @@ def test_wrong_arguments() -> None:
         gated_head(given[0], given[1], given[2][:4], given[3], None, targets)
     with pytest.raises(ValueError, match=r"reduction is 'avg'"):
         gated_head(*given, targets, reduction="avg")
-    with pytest.raises(ValueError, match=r"softcap is 0, expected positive"):
+    with pytest.raises(ValueError, match=r"softcap is 0, expected finite and positive"):
         gated_head(*given, targets, softcap=0)
     with pytest.raises(ValueError, match=r"1025 classes are more than 1024"):
         gated_head(given[0], given[1], given[2], torch.ones(1025, 20), None, targets)

@@ -25,6 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 CUTS = {"whole": None, "rows": 16 * 320 * 4, "classes": 16 * 128 * 4}
 """Slabs for 19 rows and 300 classes in fp32: all at once; two row chunks; classes in parts (in fp16 half the bytes)."""
+SHIPPED_TILE = gated_lm_head_kernels.ROW_TILE
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,28 @@ def test_a_label_out_of_range_makes_the_loss_nan() -> None:
     for wrong in (3, 200, -1, 2**32):
         targets[1] = wrong
         assert MANY.functional(*given, targets)[0].isnan()
+
+
+@pytest.mark.parametrize(("softcap", "spread"), [(20.0, 20.0), (100.0, 1.0), (1e3, 1.0), (1e6, 1.0), (1e30, 1.0)])
+def test_softcaps_around_and_far_above_the_logits(softcap: float, spread: float) -> None:
+    given, targets = operands(18, 20, 140)
+    lm_check([*given[:4], given[4] * spread], targets, cut="classes", softcap=softcap)
+
+
+def test_classes_that_cannot_be() -> None:
+    """Biases of -inf for the first block, in the second case of the shipped size, and for a whole slab."""
+    given, targets = operands(18, 20, 300)
+    given[4][:256] = -torch.inf
+    targets = targets.where(targets == -100, 256 + targets % 44)
+    lm_check(given, targets)
+    lm_check(given, targets, cut="classes", z_loss=0.1)
+
+
+def test_a_whole_block_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_lm_head_kernels, "ROW_TILE", SHIPPED_TILE)
+    given, targets = operands(3, 8, SHIPPED_TILE[0] + 40)
+    given[4][: SHIPPED_TILE[0]] = -torch.inf
+    lm_check(given, targets.where(targets == -100, SHIPPED_TILE[0] + targets % 40))
 
 
 def test_equal_logits_predict_the_first_class() -> None:
@@ -222,9 +245,49 @@ def test_wrong_arguments() -> None:
         MANY.step(*given, targets, **wanted, gradients=MANY.gradients(*buffers[:3], buffers[3].half(), None))
     with pytest.raises(ValueError, match=r"d_bias is given, but no bias"):
         MANY.step(*given[:4], None, targets, **wanted, gradients=Gradients(*buffers))
-    with pytest.raises(ValueError, match=r"scratch\.slab has 300 columns, expected a multiple of 64"):
-        scratch = Scratch.empty(given[0], 300)._replace(slab=torch.empty(20, 300))
-        MANY.step(*given, targets, **wanted, gradients=Gradients(*buffers), scratch=scratch)
-    with pytest.raises(ValueError, match=r"scratch lacks d_mixed"):
-        scratch = Scratch.empty(given[0], 300, backward=False)
-        MANY.step(*given, targets, **wanted, gradients=Gradients(*buffers), scratch=scratch)
+
+
+def test_wrong_scratch() -> None:
+    """Too small, it would be written beyond its end."""
+    given, targets = operands(20, 20, 300)
+    one = torch.ones(())
+    good = Scratch.empty(given[0], 300, 20 * 64 * 4)
+    assert good.carried is not None
+    rows, best = torch.empty(7), torch.empty(16, dtype=torch.int64)
+    for change, message in (
+        ({"slab": torch.empty(20, 300)}, r"scratch\.slab has shape \(20, 300\), expected \[R, a multiple of 64\]"),
+        ({"slab": torch.empty(0, 64)}, r"scratch\.slab has shape \(0, 64\)"),
+        ({"slab": torch.empty(16, 0)}, r"scratch\.slab has shape \(16, 0\)"),
+        ({"slab": torch.empty(64)}, r"scratch\.slab has shape \(64,\)"),
+        ({"d_mixed": None}, "scratch lacks d_mixed or carried"),
+        ({"carried": None}, "scratch lacks d_mixed or carried"),
+        ({"losses": rows}, r"scratch\.losses has shape \(7,\)"),
+        ({"carried": (*good.carried[:2], rows, *good.carried[3:])}, r"scratch\.carried\[2\] has shape \(7,\)"),
+        ({"carried": (*good.carried[:4], best)}, r"scratch\.carried\[4\] .*expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MANY.step(
+                *given, targets, scale=one, denominator=one, loss=one.clone(), correct=torch.tensor(0),
+                gradients=Gradients(*(torch.empty_like(t) for t in given)), scratch=good._replace(**change),
+            )  # fmt: skip
+
+
+def test_there_is_no_second_derivative() -> None:
+    given, targets = operands(5, 20, 30)
+    for reduction in ("sum", "none"):  # gradients ready with the loss, or made later
+        leaves = [t.clone().requires_grad_() for t in given]
+        loss = MANY.functional(*leaves, targets, reduction=reduction)[0].sum()
+        with pytest.raises(RuntimeError, match=r"no second derivative|no autograd formula"):
+            first = torch.autograd.grad(loss, leaves, create_graph=True)
+            torch.autograd.grad(first[0].sum(), leaves)
+
+
+def test_a_header_may_change_before_the_backward_pass() -> None:
+    """Gradients that are ready need no operands any more."""
+    given, targets = operands(5, 20, 30)
+    leaves = [t.requires_grad_() for t in given]
+    expected = torch.autograd.grad(MANY.functional(*leaves, targets)[0], leaves)
+    loss, _ = MANY.functional(*leaves, targets)
+    with torch.no_grad():
+        leaves[3].zero_()
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True))

@@ -125,7 +125,7 @@ BUGS: dict[str, tuple[ModuleType, str, str, Callable[[], None]]] = {
         "alpha_g * dots",
         two_layers,
     ),
-    "bias of the slab's first classes in every slab": (
+    "bias added twice to a token's logits": (
         many,
         "z += tl.load(bias + c * BIAS_C, mask=inside, other=0.0)",
         "z += 2 * tl.load(bias + c * BIAS_C, mask=inside, other=0.0)",
@@ -170,6 +170,17 @@ def test_is_noticed(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launcher, "_kernels", planted(module, right, wrong, tmp_path))
     with pytest.raises(AssertionError, match="plain PyTorch's"):
         checked()
+
+
+def test_the_bias_of_the_first_classes_in_every_slab_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens()
+    right, wrong = "bias[start : start + breadth]", "bias[:breadth]"
+    copy = planted(gated_lm_head_launch, right, wrong, tmp_path)
+    monkeypatch.setattr(gated_lm_head_launch, "losses_launch", copy.losses_launch)
+    with pytest.raises(AssertionError, match="plain PyTorch's"):
+        tokens()
 
 
 @pytest.mark.parametrize("drift", ["header", "chunk of the mix"])

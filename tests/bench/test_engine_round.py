@@ -1,0 +1,108 @@
+"""A round of local training, the paper's five CNNs on images of CIFAR-10's shape: the engine and the plain loop.
+
+On a CPU this is timed for what it is, on one thread; ratios count, not seconds.
+"""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmoe.config import Config, Data, Federation, Partition
+from fedmoe.engine.seam import Engine, Job
+from fedmoe.engine.step import How
+from fedmoe.profiling.bench import Absent, Bench, Call
+from fedmoe.reference import ReferenceEngine
+from tests.engines import engine
+from tests.support import begin, theta
+from tests.test_data import picture, write
+
+CLIENTS = 5
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {"optimizer": "torch", "channels_last": False},
+    "channels last": {"optimizer": "torch"},
+    "flat optimizer": {"optimizer": "flat", "channels_last": False},
+    "streams": {"optimizer": "flat", "streams": True},
+    "graph": {"optimizer": "flat", "graphs": True},
+    "graph, streams": {"optimizer": "flat", "graphs": True, "streams": True},
+    "graph, streams, bf16": {"optimizer": "flat", "graphs": True, "streams": True, "precision": "bf16"},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, gpu_benchmark: Bench) -> Config:
+    """Ten classes; every client has 1280 samples to train on, 20 steps, where it is timed, else 32."""
+    each = 1600 if gpu_benchmark.timed else 40
+    labels = [row % 10 for row in range(CLIENTS * each)]
+    classes = [f"class {label}" for label in range(10)]
+    pictures = [picture(row, (32, 32)) for row in range(50)]
+    write(tmp_path / "train-0.parquet", labels, [pictures[row % 50] for row in range(len(labels))], classes)
+    return Config(
+        federation=Federation(clients=CLIENTS),
+        data=Data(name=str(tmp_path)),
+        partition=Partition(kind="iid"),
+    )
+
+
+def a_round(config: Config, made: Engine) -> Call:
+    """Trains every client for an epoch, from where it is, with the theta that all began with."""
+    sent, numbers = theta(config), count(1)
+
+    def call() -> None:
+        number = next(numbers)
+        for _ in made.run("train", [Job(client, number, sent, {"epochs": 1}) for client in range(CLIENTS)]):
+            pass
+        made.commit()
+
+    return call
+
+
+def plain(config: Config, run: Path, device: torch.device, fused: bool) -> Engine:
+    """The plain loop, with PyTorch's default SGD or its fused one."""
+    made = ReferenceEngine(config, run, device)
+    for client in range(CLIENTS) if fused else ():
+        opened, t = made.client(client), config.training
+        opened.optimizer = torch.optim.SGD(
+            opened.mixture.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True
+        )
+    return made
+
+
+def test_round(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> None:
+    bench, run = gpu_benchmark, begin(config, tmp_path / "run")
+    gpu = bench.device.type == "cuda"
+    variants: dict[str, Call | Absent] = {
+        "plain loop, fused SGD": a_round(config, plain(config, run, bench.device, True)),
+        "plain loop": a_round(config, plain(config, run, bench.device, False)),
+    }
+    names = SWITCHES if gpu else ("channels last", "plain")
+    with ExitStack() as stack:
+        for name in names:
+            how = replace(How(), **SWITCHES[name])
+            made = stack.enter_context(engine(config, run, how, bench.device.type, folder=f"store-{name}"))
+            variants[f"engine: {name}"] = a_round(config, made)
+        bench(variants)
+
+
+def test_bookkeeping(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> None:
+    """What a round costs above its steps: opening, moving and checking clients, theta, metrics."""
+    bench, run = gpu_benchmark, begin(config, tmp_path / "run")
+    gpu = bench.device.type == "cuda"
+    how = replace(How(), **SWITCHES["graph, streams" if gpu else "channels last"])
+    with engine(config, run, how, bench.device.type) as made:
+        whole = a_round(config, made)
+        whole()
+
+        def steps() -> None:
+            for client in range(CLIENTS):
+                member = made._members[client]
+                step = made._rooms[client % len(made._rooms)].steps[member.architecture]
+                size, count = member.batch_size, member.training // member.batch_size
+                for _ in step.epoch(member.samples[: size * count].view(count, size)):
+                    pass
+
+        bench({"steps alone": steps, "round": whole})
