@@ -22,6 +22,7 @@ from fedmoe.engine.program import Program
 from fedmoe.engine.seam import State
 
 ALIGNMENT = 256
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Entry(NamedTuple):
@@ -188,10 +189,10 @@ def _aligned(end: int) -> int:
 
 
 def _normalizations(modules: nn.Module) -> set[str]:
-    """Names of the parameters of normalizations, which low precision leaves in fp32: told by their class's name."""
+    """Names of the parameters of normalizations, PyTorch's and those called so, which low precision leaves in fp32."""
     return {
         f"{path}.{name}" if path else name
         for path, module in modules.named_modules()
-        if "norm" in type(module).__name__.lower()
+        if isinstance(module, NORMALIZATIONS) or "norm" in type(module).__name__.lower()
         for name, _ in module.named_parameters(recurse=False)
     }

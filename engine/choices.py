@@ -92,9 +92,9 @@ class Choices:
         missing = "a CPU has none" if not self.gpu else "the model has 1 branch" if branches < 2 else ""
         return self._switch("streams", self.wanted.streams, missing, f"{branches} branches run side by side")
 
-    def graphs(self) -> bool:
-        """On where there are graphs."""
-        missing = "" if self.gpu else "a CPU has none"
+    def graphs(self, data: Place) -> bool:
+        """On where there are graphs, and samples that they can reach."""
+        missing = "a CPU has none" if not self.gpu else "samples on the host are out of its reach" * (data == "host")
         return self._switch("graphs", self.wanted.graphs, missing, "a step is launched as a whole")
 
     def memory(self, precision: Precision) -> tuple[Place, Work, int, int]:

@@ -52,6 +52,7 @@ class DeviceEngine:
         resident: bool = True,
         stop: threading.Event | None = None,
         cohort: int = 1,
+        regions: int = 2,
     ) -> None:
         if cohort < 1:
             raise ValueError(f"cohort is {cohort}, must be at least 1")
@@ -61,7 +62,7 @@ class DeviceEngine:
         self._loader = Loader(federation.samples, device, resident)
         self._members: dict[int, Member] = {}
         self._layouts: dict[str, Layout] = {}
-        self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(2 if device.type == "cuda" else 1)]
+        self._rooms = [_Room(torch.empty(0, dtype=torch.uint8)) for _ in range(regions if device.type == "cuda" else 1)]
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" and how.graphs else None
         self._trained: set[int] = set()  # since the last commit
         self._changed: set[int] = set()
@@ -83,11 +84,13 @@ class DeviceEngine:
         for i, job in enumerate(jobs):
             start = time.perf_counter()
             member, room = self._members[job.client], self._rooms[i % len(self._rooms)]
-            self._furnish(member, room)
             assert arrived is not None
             with phase("transfer in"):
                 arrived.wait()
-            if len(self._rooms) > 1 and i + 1 < len(jobs):
+            self._furnish(member, room)
+            # The same client once more must come as it goes out now.
+            early = len(self._rooms) > 1 and i + 1 < len(jobs) and ids[i + 1] != ids[i]
+            if early:
                 arrived = self._enter(ids[i + 1], i + 1)
             if (ahead := i + len(self._rooms)) < len(jobs):  # if it is in a file, it is read meanwhile
                 self._open(ids[ahead])
@@ -96,7 +99,7 @@ class DeviceEngine:
                 payload = self._on_device(job.payload, member, sent)
                 result = work(member, room, job, payload, start)
             yield result
-            if len(self._rooms) == 1 and i + 1 < len(jobs):
+            if not early and i + 1 < len(jobs):
                 arrived = self._enter(ids[i + 1], i + 1)
 
     def commit(self) -> None:
@@ -130,7 +133,8 @@ class DeviceEngine:
         if len(room.region) < layout.size:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # copies out of the old region
-            room.region, room.steps = torch.zeros(layout.size, dtype=torch.uint8, device=self.device), {}
+            room.region, room.steps = torch.empty(layout.size, dtype=torch.uint8, device=self.device), {}
+            room.left = None
         return self.store.load(id, room.region, room.left)
 
     def _open(self, id: int) -> None:
@@ -150,7 +154,7 @@ class DeviceEngine:
     def _furnish(self, member: Member, room: _Room) -> None:
         """Have in the room what trains clients of this one's architecture."""
         if member.architecture not in room.steps:
-            _, program, _ = self.federation.open(member.id)
+            program = self.federation.program(member.id)
             arena = Arena(program, self._layouts[member.architecture], room.region, self.how.low)
             room.steps[member.architecture] = Step(arena, self._loader, self.federation.optimizer, self.how, self._pool)
 
@@ -201,7 +205,8 @@ class DeviceEngine:
         if self.federation.optimizer.reset_theta:
             momenta = (name.replace("model/", "momentum/", 1) for name in layout.theta)
             shared = [layout.entries[name].of(block) for name in momenta if name in layout.entries]
-            torch._foreach_zero_(shared)
+            if shared:
+                torch._foreach_zero_(shared)
 
     def _order(self, member: Member, job: Job, epoch: int) -> Tensor:
         """int64 [steps, B]: the samples of an epoch's batches; the last partial batch is dropped."""

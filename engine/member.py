@@ -62,6 +62,10 @@ class Federation(Protocol):
         """The member, a program of its architecture on the CPU, and its state as the last checkpoint has it."""
         ...
 
+    def program(self, client: int) -> Program:
+        """Another program of the client's architecture on the CPU, with anyone's state."""
+        ...
+
     def batchable(self, client: int) -> Program:
         """A program of the client's architecture, with anyone's state, of operators that torch.func.vmap batches."""
         ...

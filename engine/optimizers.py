@@ -36,6 +36,12 @@ class Scale:
         self.steps = torch.zeros((), dtype=torch.int32, device=device)  # since it last changed
         self.skipped = torch.zeros((), device=device)  # steps whose gradients were not finite
 
+    def reset(self) -> None:
+        """Begin anew, for another client or round: what the one before needed says nothing that a resumed run knew."""
+        self.scale.fill_(2.0**16)
+        self.steps.zero_()
+        self.skipped.zero_()
+
     def update(self, found_inf: Tensor) -> None:
         """Halve it after a step that was skipped, double it after 2000 that were not."""
         self.skipped += found_inf
@@ -69,7 +75,8 @@ class Flat:
         """Zero the gradients; otherwise each step does it for the next."""
         for _, gradients, _ in self._segments:
             gradients.zero_()
-        self._sums = {}
+        for sums in self._sums.values():  # kept: a graph may know where they are
+            sums.zero_()
 
     def begin(self) -> None:
         """Gradients were zeroed by the step before."""

@@ -100,8 +100,9 @@ def plan(wanted: Wanted, sizes: Sizes, facts: Facts) -> tuple[Plan, list[str]]:
     choices = Choices(wanted, sizes, facts)
     precision, head = choices.precision(), choices.head()
     optimizer = choices.optimizer(precision)
-    streams, graphs = choices.streams(), choices.graphs()
+    streams = choices.streams()
     data, work, device_bytes, host_bytes = choices.memory(precision)
+    graphs = choices.graphs(data)
     states_device, states_host, states_files = place(sizes, device_bytes, host_bytes)
     predicted = Predicted(
         states_device=states_device,

@@ -4,6 +4,7 @@ On a GPU nothing in it makes the host wait: loss, hits and which batch comes nex
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ class Step:
         self._next = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._order: Tensor | None = None  # [steps, B] on the device, at an address that the graphs know
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
+        self._graphed = how.graphs
 
     def begin(self) -> None:
         """A client has come into the arena."""
@@ -83,17 +85,20 @@ class Step:
         self.loss.zero_()
         self.correct.zero_()
         if self.scale is not None:
-            self.scale.skipped.zero_()
+            self.scale.reset()
         self.arena.program.modules.train()
 
     def epoch(self, order: Tensor) -> Iterator[None]:  # int64 [steps, B] on the CPU
         """Take the steps of an epoch; yields before each."""
-        if not self._how.graphs or self.device.type != "cuda" or not self._loader.resident:
+        if not self._graphed or self.device.type != "cuda" or not self._loader.resident:
             for indices in self._placed(order):
                 yield
                 self._take(indices)
             return
         graph = self._graph(order)
+        if graph is None:
+            yield from self.epoch(order)
+            return
         for _ in range(len(order)):
             yield
             graph.replay()
@@ -113,14 +118,29 @@ class Step:
         return order.to(self.device, non_blocking=True) if self._loader.resident else order
 
     def _takes_channels_last(self) -> bool:
-        """Whether the modules do: code that views its input as another shape cannot."""
-        program, x = self.arena.program, torch.zeros(2, *self._loader.shape, device=self.device)
-        program.modules.eval()
-        with torch.no_grad(), globals_kept(), autocast(self.device, self._how.low):
-            branches(program, x, [])  # what fails here is not for the layout
-            with contextlib.suppress(RuntimeError):
-                branches(program, x.contiguous(memory_format=torch.channels_last), [])
+        """Whether the modules do, and nothing else changes by it.
+
+        Code that views its input as another shape cannot take it, which a training step shows; and dropout would draw
+        other masks, since it draws in the order of memory.
+        """
+        program = self.arena.program
+        # Made as a batch is: `contiguous` would leave images of one channel as they are.
+        x = torch.zeros(2, *self._loader.shape, dtype=torch.uint8, device=self.device)
+        x = x.to(torch.float32, memory_format=torch.channels_last)
+        if any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in program.modules.modules()):
+            return False
+        kept, y = self.arena.block.clone(), torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.arena.refresh()
+        program.modules.train()
+        try:
+            with globals_kept(), contextlib.suppress(RuntimeError), autocast(self.device, self._how.low):
+                outputs = branches(program, x, [])
+                program.join(outputs, y)[0].backward()
                 return True
+        finally:
+            self.arena.block.copy_(kept)
+            for parameter in self.arena.parameters.values():
+                parameter.grad = None
         return False
 
     def _take(self, indices: Tensor) -> None:
@@ -149,7 +169,8 @@ class Step:
         Raises Refused where that is not possible: a sample is the least, and batch statistics are of whole batches.
         """
         modules = self.arena.program.modules
-        whole = any(name.endswith("running_mean") for name, _ in modules.named_buffers())
+        whole = any(isinstance(module, torch.nn.modules.batchnorm._NormBase) for module in modules.modules())
+        whole |= any(name.endswith("running_mean") for name, _ in modules.named_buffers())  # others' kinds
         if whole or 2 * self.parts > batch:
             why = "its normalization needs whole batches" if whole else f"it takes them in {self.parts} parts already"
             raise Refused(
@@ -161,8 +182,11 @@ class Step:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph:
-        """The graph for batches of this size, with `order` in place; captured if there is none yet."""
+    def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph | None:
+        """The graph for batches of this size, with `order` in place; captured if there is none yet.
+
+        None where a step cannot be captured, as one that makes the host wait: from then on each is taken by itself.
+        """
         size = order.shape[1]
         if self._order is None or order.numel() > self._order.numel():  # an address that graphs hold: make it seldom
             room = 1 << (order.numel() - 1).bit_length()
@@ -170,7 +194,14 @@ class Step:
         self._order[: order.numel()].copy_(order.reshape(-1).pin_memory(), non_blocking=True)
         self._next.zero_()
         if size not in self._graphs:
-            self._graphs[size] = self._captured(size)
+            try:
+                self._graphs[size] = self._captured(size)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph of this step: {str(error).splitlines()[0]}", stacklevel=2)
+                self._graphed = False
+                return None
         return self._graphs[size]
 
     def _captured(self, size: int) -> torch.cuda.CUDAGraph:
@@ -199,20 +230,24 @@ def captured(
     step: Callable[[], None], changing: Sequence[Tensor], pool: Pool | None, ready: Callable[[], None] = lambda: None
 ) -> torch.cuda.CUDAGraph:
     """Capture a step; warming up takes some, so `changing` is put back after. `ready` is called before the capture."""
-    kept = [tensor.clone() for tensor in changing]
+    kept, random = [tensor.clone() for tensor in changing], torch.cuda.get_rng_state()
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(3):
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        current.wait_stream(side)
+        ready()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
-    current.wait_stream(side)
-    ready()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    for tensor, value in zip(changing, kept, strict=True):
-        tensor.copy_(value)
-    return graph
+        return graph
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own
+        torch.cuda.set_rng_state(random)  # or whoever makes a client capture would change its dropout
+        for tensor, value in zip(changing, kept, strict=True):
+            tensor.copy_(value)
 
 
 def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> dict[str, Tensor]:

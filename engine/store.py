@@ -314,7 +314,11 @@ class Store:
     def _put(self, block: Block, tier: Tier, source: Tensor, *buffers: Buffer) -> Handle:
         """Copy the bytes from `source`, uint8 [n], to where there is room; `buffers` holds that of `source`, if any."""
         target = self._pools[tier].take(block.size)
-        handle = blocks.copy(source, target.data, self._outward, target, *buffers)
+        try:
+            handle = blocks.copy(source, target.data, self._outward, target, *buffers)
+        except BaseException:
+            self._pools[tier].release(target)
+            raise
         if not source.is_cpu and target.data.is_cpu:
             self._crossed["out"] += block.size
         self._place(block, tier, target)

@@ -125,8 +125,8 @@ class Client:
         return dict(self.mixture.named_parameters()) | dict(self.mixture.named_buffers())
 
 
-def open_client(config: Config, id: int, run: Path, device: torch.device) -> Client:
-    """Client `id` of the run in folder `run`, as its last checkpoint has it, or untrained where that has none.
+def open_client(config: Config, id: int, run: Path, device: torch.device, trained: bool = True) -> Client:
+    """Client `id` of the run in folder `run`, as its last checkpoint has it, or untrained if that has none or so wanted.
 
     Raises UserError where data, partition, models or checkpoint do not fit, naming what.
     """
@@ -135,8 +135,7 @@ def open_client(config: Config, id: int, run: Path, device: torch.device) -> Cli
     train, test = split.train(id), split.test(id)
     own = torch.cat([train, test])
     client = Client(config, id, dataset.images[own], dataset.labels[own], len(train), len(dataset.classes), device)
-    manifest = checkpoint.read_manifest(run)
-    if entry := manifest.clients.get(id):
+    if trained and (entry := checkpoint.read_manifest(run).clients.get(id)):
         state = checkpoint.load(run, entry)
         try:
             client.load_state(state)

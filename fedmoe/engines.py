@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import tempfile
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fedmoe.config import Config
+from fedmoe.engine.arena import Layout
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.plan import Plan
 from fedmoe.engine.seam import Engine
@@ -19,6 +22,7 @@ from fedmoe.engine.store import Store
 from fedmoe.errors import UserError
 from fedmoe.federation import Federation
 from fedmoe.files import write_atomic
+from fedmoe.mixture import Mixture
 from fedmoe.reference import ReferenceEngine
 
 PLAN = "plan.json"
@@ -51,10 +55,11 @@ def opened(config: Config, run: Path, device: torch.device, stop: threading.Even
         channels_last=device.type == "cpu" or plan.precision in ("bf16", "fp16"),
     )
     # A folder for each process: others may evaluate the run at the same time.
-    folder = run / f".states-{os.getpid()}"
+    place = run if os.access(run, os.W_OK) else Path(tempfile.gettempdir())
+    folder = place / f".states-{uuid.uuid4().hex}"
     with Store(device, device_bytes=plan.device_bytes, host_bytes=plan.host_bytes, folder=folder) as store:
         resident = plan.data == "device" or device.type == "cpu"
-        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop, plan.cohort)
+        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop, plan.cohort, plan.regions)
 
 
 def sweep(run: Path) -> None:
@@ -74,6 +79,18 @@ def read(run: Path) -> Plan | None:
         raise UserError(f"{path}: {error}: restore it") from error
 
 
-def write(run: Path, plan: Plan) -> None:
-    """Keep the plan with the run: a resumed run follows it, whatever memory is free by then."""
-    write_atomic(run / PLAN, plan.to_json().encode())
+def write(run: Path, plan: Plan | None) -> None:
+    """Keep the plan with the run: a resumed run follows it, whatever memory is free by then. None: the plain loop's."""
+    if plan is None:
+        (run / PLAN).unlink(missing_ok=True)  # of a start that was killed
+    else:
+        write_atomic(run / PLAN, plan.to_json().encode())
+
+
+def check(config: Config, models: Mapping[str, Mixture]) -> None:
+    """Raise UserError for a model that the engine cannot hold, though the plain loop can train it."""
+    for name, model in models.items() if config.engine.kind == "fast" else ():
+        try:
+            Layout.of(model.program())
+        except ValueError as error:
+            raise UserError(f'model {name!r}: {error}; change it, or set engine.kind to "reference"') from error

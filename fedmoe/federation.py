@@ -34,12 +34,17 @@ class Federation:
 
     def open(self, client: int) -> tuple[Member, Program, State]:
         """The member, a program of its architecture, and its state as the last checkpoint has it."""
-        return self._open(self._config, client)
+        opened = self._opened(self._config, client, True)
+        return self._member(opened), opened.program, opened.state()
+
+    def program(self, client: int) -> Program:
+        """Another program of its architecture, untrained."""
+        return self._opened(self._config, client, False).program
 
     def batchable(self, client: int) -> Program:
         """A program of the client's architecture with the plain head: vmap runs the fused one row by row."""
         config = replace(self._config, engine=replace(self._config.engine, head="plain"))
-        return self._open(config, client)[1]
+        return self._opened(config, client, False).program
 
     def pack(self, theta: Sequence[Tensor]) -> Payload:
         """The payload {"theta": fp32 [P]} on the CPU."""
@@ -55,17 +60,16 @@ class Federation:
         """By `fedmoe.client.outgoing`, and by it alone; nothing but metrics leaves an evaluation."""
         return outgoing(member.id, member.schema if kind == "train" else {}, payload, weight, metrics)
 
-    def _open(self, config: Config, client: int) -> tuple[Member, Program, State]:
-        opened = open_client(config, client, self._run, torch.device("cpu"))
-        member = self._member(opened)
-        for name in self._measured[member.architecture][1]:
+    def _opened(self, config: Config, client: int, trained: bool) -> Client:
+        opened = open_client(config, client, self._run, torch.device("cpu"), trained)
+        if opened.model not in self._measured:
+            self._measured[opened.model] = measured(opened)
+        for name in self._measured[opened.model][1]:
             # An optimizer passes over parameters without a gradient, and so must a kernel over all of them.
             opened.mixture.get_parameter(name).requires_grad_(False)
-        return member, opened.program, opened.state()
+        return opened
 
     def _member(self, client: Client) -> Member:
-        if client.model not in self._measured:
-            self._measured[client.model] = measured(client)
         return Member(
             id=client.id,
             architecture=client.model,

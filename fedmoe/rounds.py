@@ -57,7 +57,7 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
         held_up = 0.0  # seconds that checkpoints held training up since the line before
         try:
             for number in range(done + 1, rounds + 1):
-                with phase("round"):
+                with phase("round"), _disk(hint):  # states may be in files
                     line, theta = _round(config, server, engine, number, display)
                 engine.commit()
                 server.theta, done = theta, number
@@ -144,6 +144,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
     }
     if parts := {str(r.client): r.metrics["parts"] for r in results if r.metrics.get("parts", 1) != 1}:
         line["parts"] = parts
+    if any("skipped" in r.metrics for r in results):
+        line["skipped"] = sum(int(_number(r, "skipped")) for r in results)
     if number % config.evaluation.every == 0 or number == config.federation.rounds:
         everyone = list(range(config.federation.clients))
         clients = everyone if config.evaluation.clients == "all" else sampled

@@ -44,6 +44,7 @@ def train(config: Config) -> Path:
     dataset = load_data(config.data, config.seed)
     split, shape, classes = planning.deal(config, dataset), planning.shape(dataset), len(dataset.classes)
     models = planning.models(config, dataset, split)
+    engines.check(config, models)
     plan = None
     if config.engine.kind == "fast":
         plan, lines = planning.make(config, planning.sizes(config, dataset, split, models), device)
@@ -59,8 +60,7 @@ def train(config: Config) -> Path:
         began = {"data": dataset.fingerprint, "partition": split.fingerprint, "config": configfile.flat(config)}
         write_atomic(run / "environment.json", json.dumps(environment(device) | began, indent=1).encode())
         checkpoint.create(run, theta)
-        if plan is not None:
-            engines.write(run, plan)
+        engines.write(run, plan)
         # Last: with it, the folder is a run and can be resumed.
         write_atomic(run / "config.toml", configfile.save(config))
         _finish(config, run, device)
