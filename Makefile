@@ -20,7 +20,7 @@ demo: .venv/.installed  ## train a federation on embedded data
 	@.venv/bin/fedmoe train configs/demo.toml
 
 test: lint  ## lint, then all tests
-	@FEDMOE_REQUIRE_NATIVE=1 $(venv) -m pytest
+	@FEDMOE_REQUIRE_NATIVE=1 $(venv) -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/.installed  ## style, types and the direction of imports
 	@$(venv) -m ruff check .

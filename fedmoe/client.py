@@ -126,7 +126,7 @@ class Client:
 
 
 def open_client(config: Config, id: int, run: Path, device: torch.device, trained: bool = True) -> Client:
-    """Client `id` of the run in folder `run`, as its last checkpoint has it, or untrained if that has none or so wanted.
+    """Client `id` of the run in folder `run`, as its last checkpoint has it; untrained if that has none, or so wanted.
 
     Raises UserError where data, partition, models or checkpoint do not fit, naming what.
     """

@@ -85,7 +85,7 @@ def _kernels(as_json: bool) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from fedmoe.kernels.aot import SHARED_LIMIT, compiled
+    from fedmoe.kernels.aot import compiled
     from fedmoe.kernels.launch import INTERPRETED
     from fedmoe.kernels.shipped import shipped
 
@@ -94,7 +94,7 @@ def _kernels(as_json: bool) -> int:
     rows = []
     progress = Console(stderr=True)
     for made in track(list(shipped()), "Compiling", console=progress, transient=True, disable=not progress.is_terminal):
-        for arch in SHARED_LIMIT:
+        for arch in (80, 90):
             got = compiled(made.launch, arch)
             products = " ".join(f"{count} {name}" for name, count in got.products.items())
             copies = f"{len(got.copies)} of {_range(got.copies)}" if got.copies else ""
