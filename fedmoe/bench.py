@@ -126,8 +126,8 @@ def _events(checkout: Path, files: list[Path], only: str) -> Generator[dict[str,
     # What pytest prints goes to a file: a pipe that nobody empties would stop it.
     with tempfile.TemporaryFile("w+") as said, os.fdopen(reader) as lines:
         path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])  # this fedmoe, no other
-        # A user's habits with pytest are not these benchmarks', and pytest-benchmark must be found.
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")}
+        # Neither a user's habits with pytest, nor what pytest tells its workers, where one of those runs this.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         env["PYTHONPATH"] = path
         child = subprocess.Popen(command, cwd=checkout, env=env, stdout=said, stderr=said, pass_fds=[writer])
         os.close(writer)
