@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fedmoe.kernels import launch, oracle
 from fedmoe.kernels.gated_head import gated_head_denominator
-from tests.heads import ALL_OPTIONS, class_weights, gated_head, gated_head_supported, operands, plain_head
+from tests.heads import ALL_OPTIONS, MANY, class_weights, gated_head, gated_head_supported, operands, plain_head
 
 FP64 = torch.float64
 
@@ -43,6 +43,19 @@ def test_gradcheck_of_the_oracle(options: dict[str, Any], reduction: str) -> Non
 
     def loss(*tensors: Tensor) -> Tensor:
         return plain_head(*tensors, targets, **options, class_weights=weights, reduction=reduction)[0]
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in given if t is not None])
+
+
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_of_the_vocabularys_oracle(options: dict[str, Any], reduction: str) -> None:
+    given, targets = operands(6, 4, 3, FP64)
+    weights = torch.linspace(0, 2, 6, dtype=FP64)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        out: Tensor = MANY.plain(*tensors, targets, **options, token_weights=weights, reduction=reduction)[0]
+        return out
 
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in given if t is not None])
 
