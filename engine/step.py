@@ -201,6 +201,8 @@ class Step:
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of this step: {str(error).splitlines()[0]}", stacklevel=2)
                 self._graphed = False
+                self.arena.refresh()  # from what was put back
+                self.optimizer.clear()  # of the gradients of a step that was not finished
                 return None
         return self._graphs[size]
 

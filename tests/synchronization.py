@@ -1,5 +1,7 @@
-"""Notices, without a GPU, what would make the host wait for one."""
+"""Notices what makes the host wait for a GPU, with one and without."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,3 +25,13 @@ class NoSynchronization(TorchDispatchMode):
 
 def _indices(args: tuple[Any, ...]) -> list[Any]:
     return [i for arg in args if isinstance(arg, (list, tuple)) for i in arg]
+
+
+@contextmanager
+def without_synchronization() -> Iterator[None]:
+    """On a GPU, fail on what makes the host wait."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,27 +1,16 @@
 """Weighted accumulation on the device, against fp64: eager, in a graph, and without a host synchronization."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
 
 from fedmoe.kernels import oracle
 from fedmoe.kernels.accumulate import accumulate_supported, weighted_accumulate
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def operands(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,12 +44,12 @@ def test_is_rounded_once(size: int, offset: int, dtype: torch.dtype) -> None:
 def test_in_a_graph_without_synchronization(dtype: torch.dtype) -> None:
     theta, update, weight = operands(665_048, dtype)
     before, scratch = theta.clone(), theta.clone()
-    with no_synchronization():
+    with without_synchronization():
         weighted_accumulate(scratch, update, weight)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         weighted_accumulate(theta, update, weight)
-    with no_synchronization():
+    with without_synchronization():
         weight.fill_(0.7)  # read at replay
         graph.replay()
         graph.replay()

@@ -14,6 +14,7 @@ from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
 from tests.support import begin, changed, theta
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -81,11 +82,8 @@ def test_no_step_waits(config: Config, tmp_path: Path, how: How, monkeypatch: py
     take = Step._take
 
     def watched(self: Step, indices: torch.Tensor) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with without_synchronization():
             take(self, indices)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     jobs = [Job(0, number, theta(config), {"epochs": 1}) for number in (1, 2)]
     with engine(config, run, how, "cuda") as made:

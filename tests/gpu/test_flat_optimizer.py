@@ -1,7 +1,5 @@
 """The flat optimizer's kernels on the device: against the fp64 oracle, and captured in a CUDA graph."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from fedmoe.kernels import flat_optimizer as kernels
 from tests.optimizers import ADAMW, FP16, FP32, SGD, State, check
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -39,15 +38,6 @@ def test_addresses_that_are_not_aligned() -> None:
     assert g[0] != 0 and not g[1:].any()
 
 
-@contextmanager
-def _without_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("norm", [None, 0.3])
 @pytest.mark.parametrize("bits", FORMS)
 def test_a_captured_step_gives_the_same_bits(bits: int, norm: float | None) -> None:
@@ -55,7 +45,7 @@ def test_a_captured_step_gives_the_same_bits(bits: int, norm: float | None) -> N
     scale, live = torch.full((), 64.0, device="cuda"), torch.ones(2, dtype=torch.bool, device="cuda")
 
     def take(state: State) -> None:
-        with _without_synchronization():
+        with without_synchronization():
             state.take(kernels, FORMS[bits], scale, live, norm)
 
     take(scratch)  # compiles

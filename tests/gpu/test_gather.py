@@ -1,8 +1,5 @@
 """Gathering and augmenting on the device: the written-out statement's bits; eager, in a graph, never synchronizing."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -11,19 +8,11 @@ from fedmoe.kernels.gather import gather_augment, gather_augment_step, gather_au
 from fedmoe.kernels.gather_oracle import gather_augment as plain
 from tests.images import Batch, assert_same, written_out
 from tests.images import batch as on_cpu
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def batch(samples: int, rows: int, shape: tuple[int, int, int], shift: int | None = None) -> Batch:
@@ -79,12 +68,12 @@ def test_in_a_graph_without_synchronization(channels_last: bool) -> None:
     y = torch.empty(64, dtype=torch.int64, device="cuda")
     static = first._replace(indices=first.indices.clone(), augmentation=first.augmentation.clone())
     assert static.augmentation is not None and second.augmentation is not None
-    with no_synchronization():
+    with without_synchronization():
         gather_augment_step(*static, out=x, targets=y)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gather_augment_step(*static, out=x, targets=y)
-    with no_synchronization():
+    with without_synchronization():
         static.indices.copy_(second.indices)  # read at replay
         static.augmentation.copy_(second.augmentation)
         graph.replay()

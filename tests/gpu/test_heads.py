@@ -1,7 +1,5 @@
 """Both heads and the mix on the device: against the fp64 oracle, captured in a CUDA graph, the same bits each time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from tests.heads import (
     class_weights,
     operands,
 )
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -94,15 +93,6 @@ def test_the_mix_compiles_as_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(actual, leaves, upstream), theirs, strict=True))
 
 
-@contextmanager
-def _without_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 CUTS = {"whole": 256 * 3008 * 2, "rows": 64 * 3008 * 2, "classes": 100_000}
 """Slabs for 256 tokens and 3000 classes in bf16: one; four row chunks; eight, with classes in parts, carried over."""
 
@@ -124,7 +114,7 @@ def test_a_captured_step_of_parameters_gives_the_same_bits(head: Head, cut: str,
         correct.fill_(7)
 
     def step() -> None:
-        with _without_synchronization():
+        with without_synchronization():
             head.step(
                 *given, targets, scale=scale, denominator=head.denominator(targets), loss=loss, correct=correct,
                 gradients=head.gradients(*wide), accumulate=("loss", "correct", *NAMES[1:]) if accumulate else (),

@@ -1,7 +1,5 @@
 """The store on a card: the same versions, copies beside computation, and no wait of the host for what is in memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from hypothesis import settings
 from fedmoe.engine.blocks import Handle, Tier
 from fedmoe.engine.store import Store
 from tests.stores import Machine, content
+from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -23,15 +22,6 @@ class CudaMachine(Machine):
 
 CudaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAgainstADictionary = CudaMachine.TestCase
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def opened(folder: Path, device: int, host: int, clients: int) -> Store:
@@ -95,7 +85,7 @@ def test_the_host_waits_for_nothing_in_memory(tmp_path: Path, device: int, host:
             store.save(id, two[0])
         store.rollback()
         torch.cuda.synchronize()
-        with no_synchronization():
+        with without_synchronization():
             store.expect([0, 1, 2])
             for id in range(3):
                 store.load(id, two[id % 2]).wait()
