@@ -1,5 +1,6 @@
 """The command line: help within a moment, and every kind of bad input in one line, with nothing on disk harmed."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -563,6 +564,23 @@ def fail_in_round_3() -> None:
         return train(self, member, *others)
 
     DeviceEngine._train = failing  # type: ignore[assignment, method-assign]
+
+
+def test_full_disk_for_states_that_no_memory_has_room_for(tmp_path: Path) -> None:
+    words = ("train", *SMALL, "--run.dir=run", "--engine.host_memory_mb=1")
+    line = Command(tmp_path, *words, plant=full_scratch).wait().one_line()
+    assert ".block: No space left on device; the last checkpoint is whole: make room, then continue with: " in line
+    assert Command(tmp_path, "resume", "run").wait().code == 0
+
+
+def full_scratch() -> None:
+    """Have this process find no room for files of states."""
+    from fedmoe.engine import staging
+
+    def refuse(path: Path, data: torch.Tensor) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    staging.write_bytes = refuse
 
 
 def test_memory_that_does_not_suffice_is_told_once(tmp_path: Path) -> None:
