@@ -37,9 +37,10 @@ class Entry(NamedTuple):
         """Without the gap behind it."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def of(self, block: Tensor) -> Tensor:  # uint8 [n]
-        """This tensor as a view of a block, or of bytes that are laid out like one."""
-        return block[self.offset : self.offset + self.bytes].view(self.dtype).view(self.shape)
+    def of(self, block: Tensor) -> Tensor:  # uint8 [..., n]
+        """This tensor as a view of a block, or of bytes that are laid out like one; of several, a row each."""
+        own = block[..., self.offset : self.offset + self.bytes].view(self.dtype)
+        return own.view((*block.shape[:-1], *self.shape))
 
 
 @dataclass(frozen=True, slots=True)

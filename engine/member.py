@@ -71,7 +71,7 @@ class Federation(Protocol):
         ...
 
     def pack(self, theta: Sequence[Tensor]) -> Payload:
-        """The payload, on the CPU, of what a member shares, as views of its arena."""
+        """The payload of what a member shares, given as views of its arena: a copy, on their device."""
         ...
 
     def unpack(self, payload: Payload, theta: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Protocol
 
 PHASES = (
@@ -12,22 +13,33 @@ PHASES = (
 
 
 class Observer(Protocol):
-    """Hears of phases; they nest, and those of one thread end in the reverse order of their beginnings."""
+    """Hears of phases; they nest: those of one thread and lane end in the reverse order of their beginnings."""
 
-    def begin(self, phase: str) -> None:
-        """A phase begins, on the current stream."""
+    def begin(self, phase: str, lane: int) -> None:
+        """A phase begins, on the current stream; `lane` is 0 for what is in none."""
 
-    def end(self, phase: str) -> None:
+    def end(self, phase: str, lane: int) -> None:
         """It ends, on the current stream; also if it failed."""
 
 
 _observers: tuple[Observer, ...] = ()
+_lane: ContextVar[int] = ContextVar("lane", default=0)
 _nothing = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
     """Mark the block as a phase. Inside a CUDA graph that is replayed nothing is marked: the host is not there."""
     return _marked(name) if _observers else _nothing
+
+
+@contextmanager
+def in_lane(number: int) -> Iterator[None]:
+    """Phases that begin within the block are this lane's."""
+    token = _lane.set(number)
+    try:
+        yield
+    finally:
+        _lane.reset(token)
 
 
 @contextmanager
@@ -43,11 +55,11 @@ def observed(observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def _marked(name: str) -> Iterator[None]:
-    observers = _observers
+    observers, lane = _observers, _lane.get()
     for observer in observers:
-        observer.begin(name)
+        observer.begin(name, lane)
     try:
         yield
     finally:
         for observer in reversed(observers):
-            observer.end(name)
+            observer.end(name, lane)

@@ -17,6 +17,7 @@ class Loader:
         self._images, self._labels = samples.images.to(where), samples.labels.to(where)
         self.shape = samples.images.shape[1:]
         channels = self.shape[0]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" and not resident else None
         self._mean = torch.full((channels,), samples.mean, device=device)
         self._std = torch.full((channels,), samples.std, device=device)
 
@@ -25,10 +26,25 @@ class Loader:
         operands = self._images, self._labels, indices, self._mean, self._std
         if self._images.is_cuda and gather.gather_augment_supported(*operands)[0]:
             return gather.gather_augment(*operands, channels_last=channels_last)
-        images, labels = self._images[indices], self._labels[indices]
-        if images.device.type != self.device.type:
-            # Pinned, or the copy would wait; PyTorch keeps pinned memory from being used again before it is done.
-            images, labels = (t.pin_memory().to(self.device, non_blocking=True) for t in (images, labels))
+        if self._copies is None:
+            images, labels = self._images[indices], self._labels[indices]
+        else:
+            images, labels = self._sent(self._images, indices), self._sent(self._labels, indices)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         s = self._samples
         return images.to(torch.float32, memory_format=layout).div_(255).sub_(s.mean).div_(s.std), labels
+
+    def _sent(self, samples: Tensor, indices: Tensor) -> Tensor:
+        """These of the host's, on the device: copied there while what came before is computed with.
+
+        Pinned, or the copy would wait; PyTorch keeps pinned memory from being used again before it is done.
+        """
+        assert self._copies is not None
+        pinned = torch.empty((len(indices), *samples.shape[1:]), dtype=samples.dtype, pin_memory=True)
+        torch.index_select(samples, 0, indices, out=pinned)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            sent = pinned.to(self.device, non_blocking=True)
+        current.wait_stream(self._copies)
+        sent.record_stream(current)  # its memory must not be used again while it is still read
+        return sent

@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,40 @@ def seed_globals(seed: int) -> None:
 @contextmanager
 def globals_kept() -> Iterator[None]:
     """Put the global generators back as they were at the end of the block."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with Globals().installed():
+        yield
+
+
+class Globals:
+    """States of the global generators for one of several that take turns; they begin as those at hand are."""
+
+    def __init__(self) -> None:
+        self._states = _states()
+        # A captured step goes on reading the state that it was captured with, so this is an object, not numbers.
+        self._gpu = [torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
+        self._own = [gpu.clone_state() for gpu in self._gpu]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within the block these are the global generators' states; afterwards those are as they were before it."""
+        others, theirs = _states(), [gpu.graphsafe_get_state() for gpu in self._gpu]
         try:
+            _restore(self._states)
+            for gpu, own in zip(self._gpu, self._own, strict=True):
+                gpu.graphsafe_set_state(own)
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            self._states = _states()
+            _restore(others)
+            for gpu, their in zip(self._gpu, theirs, strict=True):
+                gpu.graphsafe_set_state(their)
+
+
+def _states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])

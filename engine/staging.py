@@ -14,8 +14,12 @@ from torch import Tensor
 from fedmoe.engine.blocks import Block, Buffer, Pool
 
 WRITES = 2  # on their way to files at once: one being written, one being copied from the device meanwhile
-READS = 2  # read ahead at once: the one that is about to be loaded, and the next
-BUFFERS = WRITES + READS + 3  # most held: one more for a read that was not asked for ahead, two for reads given up
+READS = 2  # read ahead at once, unless more are asked for: the one that is about to be loaded, and the next
+
+
+def buffers(reads: int = READS) -> int:
+    """Most that are held with so many reads ahead: one more for one that was not asked for, two for those given up."""
+    return WRITES + reads + 3
 
 
 @dataclass(slots=True)
@@ -29,17 +33,17 @@ class _Transfer:
 
 
 class Staging:
-    """Writes blocks to `folder` and reads them from there, by way of `pool`'s buffers, at most `BUFFERS` at a time.
+    """Writes blocks to `folder` and reads them from there, by way of `pool`'s buffers: `buffers(reads)` at a time.
 
     Nothing here moves a block but `write`, and only `settle` ends a write, so that whoever calls these methods, a
     single thread, is the only one to change where a block is; that is done under the pool's lock.
     """
 
-    def __init__(self, pool: Pool, folder: Path) -> None:
+    def __init__(self, pool: Pool, folder: Path, reads: int) -> None:
         self.seconds_waited = 0.0
         self.bytes_written = 0
         self.bytes_read = 0
-        self._pool, self._folder = pool, folder
+        self._pool, self._folder, self._reads = pool, folder, reads
         self._files = 0
         self._writing: dict[Block, _Transfer] = {}
         self._reading: dict[Block, _Transfer] = {}
@@ -96,15 +100,19 @@ class Staging:
         self._writing[block] = _Transfer(block.buffer, done)
 
     def prefetch(self, block: Block, next_use: Callable[[Block], tuple[bool, float]]) -> None:
-        """Begin to read the block; of more than `READS` the one that is used latest is given up."""
+        """Begin to read the block; of more than `reads` the one that is used latest is given up."""
         if block in self._reading:
             return
-        if len(self._reading) >= READS:
+        if len(self._reading) >= self._reads:
             latest = max(self._reading, key=next_use)
             if next_use(latest) < next_use(block):
                 return
             self._give_up(latest)
         self._reading[block] = self._read(block)
+
+    def ready(self, block: Block) -> bool:
+        """Whether `fetch` would not wait."""
+        return block in self._reading and self._reading[block].done.done()
 
     def fetch(self, block: Block) -> Buffer:
         """The block's bytes in memory, held for the caller. Waits for the file; raises its OSError."""

@@ -1,28 +1,30 @@
-"""A training step over an arena: branches side by side, join, backward, optimizer; captured once, then replayed.
+"""Steps over an arena: branches side by side, join, backward, optimizer; and evaluation, without the last two.
 
 On a GPU nothing in it makes the host wait: loss, hits and which batch comes next are device scalars.
 """
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedmoe.engine.arena import Arena
+from fedmoe.engine.graphs import Replayed, Track
 from fedmoe.engine.member import SGD
 from fedmoe.engine.optimizers import Scale, optimizer
 from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
-from fedmoe.engine.seam import Refused
+from fedmoe.engine.seam import Payload, Refused
 from fedmoe.engine.seeds import globals_kept
 
-Pool = Any
-"""A torch.cuda.graph_pool_handle(): memory of graphs that never run at the same time, and keep nothing in it."""
+RAGGED = 64
+"""Batches of an evaluation that are not full are filled up to a multiple of it, so that few shapes need graphs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,34 +56,41 @@ class Taken(NamedTuple):
     """Sum over the steps."""
     correct: float
     finite: bool
-    """Whether all that must be finite is."""
+    """Whether all that must be finite is, the loss aside."""
+    payload: Payload
+    """What is shared, on the host."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the client can be kept."""
+        return self.finite and math.isfinite(self.loss)
 
 
 class Step:
-    """Trains whoever is in the arena, on batches that an order names."""
+    """Trains and evaluates whoever is in the arena, on batches that an order names."""
 
-    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How, pool: Pool | None = None) -> None:
-        self.arena, self._loader, self._how, self._pool = arena, loader, how, pool
+    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How, track: Track) -> None:
+        self.arena, self._loader, self._how = arena, loader, how
+        self._streams = track.sides(len(arena.program.branches) - 1) if how.streams else []
         self.device = arena.block.device
         self.scale = Scale(self.device) if how.precision == "fp16" else None
         self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
-        count = len(arena.program.branches) - 1 if how.streams and self.device.type == "cuda" else 0
-        self._streams = [torch.cuda.Stream(self.device) for _ in range(count)]
         self.parts = 1
         """How many parts a batch is taken in, one after the other, for want of memory."""
         self._channels_last = how.channels_last and self._takes_channels_last()
         self.loss = torch.zeros((), device=self.device)
-        """Sum over the steps since `begin`."""
+        """Since `begin` the sum over training steps, or of an evaluation the sum over its samples."""
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._next = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._order: Tensor | None = None  # [steps, B] on the device, at an address that the graphs know
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
-        self._graphed = how.graphs
+        sums = [self.loss, self.correct]
+        training = [arena.block, *sums]
+        if self.scale is not None:
+            training += [self.scale.scale, self.scale.steps, self.scale.skipped]
+        self._training = Replayed(lambda indices: self._take(indices), loader, track, training, self._restart)
+        self._evaluation = Replayed(self._judge, loader, track, sums, arena.refresh)
 
     def begin(self) -> None:
         """A client has come into the arena."""
-        self.arena.refresh()
-        self.optimizer.clear()
+        self._restart()
         self.loss.zero_()
         self.correct.zero_()
         if self.scale is not None:
@@ -90,32 +99,26 @@ class Step:
 
     def epoch(self, order: Tensor) -> Iterator[None]:  # int64 [steps, B] on the CPU
         """Take the steps of an epoch; yields before each."""
-        if not self._graphed or self.device.type != "cuda" or not self._loader.resident:
-            for indices in self._placed(order):
-                yield
-                self._take(indices)
-            return
-        graph = self._graph(order)
-        if graph is None:
-            yield from self.epoch(order)
-            return
-        for _ in range(len(order)):
-            yield
-            graph.replay()
+        return self._training.run(order)
 
-    def predictions(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:  # int64 [n] on the CPU
-        """Logits [B, C] and targets [B] of samples, `size` at a time, in evaluation mode; call it without gradients."""
+    def evaluate(self, samples: Tensor, size: int) -> Iterator[None]:  # int64 [n] on the CPU
+        """Add up loss and hits over samples, `size` at a time, in evaluation mode; yields before each batch.
+
+        Changes nothing else; call it without gradients.
+        """
         self.arena.refresh()
-        program = self.arena.program
-        program.modules.eval()
-        for indices in self._placed(order).split(size):
-            x, y = self._loader.batch(indices, self._channels_last)
-            with autocast(self.device, self._how.low):
-                yield program.logits(branches(program, x, self._streams)), y
+        self.loss.zero_()
+        self.correct.zero_()
+        self.arena.program.modules.eval()
+        if self._evaluation.graphed:  # a graph for each shape: of batches that are not full, few
+            size = min(size, -(-len(samples) // RAGGED) * RAGGED)
+            return self._evaluation.run(F.pad(samples, (0, -len(samples) % size), value=-1).view(-1, size))
+        return (None for batch in samples.split(size) for _ in self._evaluation.run(batch[None]))
 
-    def _placed(self, order: Tensor) -> Tensor:
-        """Where the samples are."""
-        return order.to(self.device, non_blocking=True) if self._loader.resident else order
+    def _restart(self) -> None:
+        """What steps use, but the block does not hold, as it is before a client's first step."""
+        self.arena.refresh()
+        self.optimizer.clear()
 
     def _takes_channels_last(self) -> bool:
         """Whether the modules do, and nothing else changes by it.
@@ -134,8 +137,7 @@ class Step:
         program.modules.train()
         try:
             with globals_kept(), contextlib.suppress(RuntimeError), autocast(self.device, self._how.low):
-                outputs = branches(program, x, [])
-                program.join(outputs, y)[0].backward()
+                program.join(program.run(x), y)[0].backward()
                 return True
         finally:
             self.arena.block.copy_(kept)
@@ -163,6 +165,17 @@ class Step:
         with phase("optimizer"):
             self.optimizer.step()
 
+    @torch.no_grad()
+    def _judge(self, indices: Tensor) -> None:  # [B]; -1: no sample
+        with phase("batch"):
+            x, y = self._loader.batch(indices.clamp(min=0), self._channels_last)
+        program, counts = self.arena.program, indices.to(self.device, non_blocking=True) >= 0
+        with autocast(self.device, self._how.low):
+            logits = program.logits(branches(program, x, self._streams))
+        losses = F.cross_entropy(logits.float(), y, reduction="none")
+        self.loss += losses.masked_fill(~counts, 0).sum()
+        self.correct += ((logits.argmax(1) == y) & counts).sum()
+
     def halve(self, batch: int, who: str) -> None:
         """Take batches in twice as many parts from now on, because device memory did not suffice for `who`.
 
@@ -178,78 +191,9 @@ class Step:
                 "the states of clients less device memory (engine.device_memory_mb)"
             )
         self.parts *= 2
-        self._graphs.clear()
+        self._training.drop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _graph(self, order: Tensor) -> torch.cuda.CUDAGraph | None:
-        """The graph for batches of this size, with `order` in place; captured if there is none yet.
-
-        None where a step cannot be captured, as one that makes the host wait: from then on each is taken by itself.
-        """
-        size = order.shape[1]
-        if self._order is None or order.numel() > self._order.numel():  # an address that graphs hold: make it seldom
-            room = 1 << (order.numel() - 1).bit_length()
-            self._order, self._graphs = torch.zeros(room, dtype=torch.int64, device=self.device), {}
-        self._order[: order.numel()].copy_(order.reshape(-1).pin_memory(), non_blocking=True)
-        self._next.zero_()
-        if size not in self._graphs:
-            try:
-                self._graphs[size] = self._captured(size)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                warnings.warn(f"no CUDA graph of this step: {str(error).splitlines()[0]}", stacklevel=2)
-                self._graphed = False
-                self.arena.refresh()  # from what was put back
-                self.optimizer.clear()  # of the gradients of a step that was not finished
-                return None
-        return self._graphs[size]
-
-    def _captured(self, size: int) -> torch.cuda.CUDAGraph:
-        """Capture; warming up trains, so what the client owns is put back after."""
-        assert self._order is not None
-        rows = self._order[: len(self._order) // size * size].view(-1, size)
-        changing = [self.arena.block, self.loss, self.correct]
-        if self.scale is not None:
-            changing += [self.scale.scale, self.scale.steps, self.scale.skipped]
-
-        def step() -> None:
-            self._take(rows.index_select(0, self._next).view(size))
-            self._next.add_(1).remainder_(len(rows))
-
-        def ready() -> None:  # or the graph would add to what the warm-up left
-            for parameter in self.arena.parameters.values():
-                parameter.grad = None
-
-        graph = captured(step, changing, self._pool, ready)
-        self.arena.refresh()
-        self._next.zero_()
-        return graph
-
-
-def captured(
-    step: Callable[[], None], changing: Sequence[Tensor], pool: Pool | None, ready: Callable[[], None] = lambda: None
-) -> torch.cuda.CUDAGraph:
-    """Capture a step; warming up takes some, so `changing` is put back after. `ready` is called before the capture."""
-    kept, random = [tensor.clone() for tensor in changing], torch.cuda.get_rng_state()
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    try:
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        current.wait_stream(side)
-        ready()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            step()
-        return graph
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails may leave its own
-        torch.cuda.set_rng_state(random)  # or whoever makes a client capture would change its dropout
-        for tensor, value in zip(changing, kept, strict=True):
-            tensor.copy_(value)
 
 
 def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ class Store:
     A version is a block of bytes that is never modified: saving makes a new one. All versions together take at most
     `device_bytes` of device memory (none unless `device` is CUDA) and `host_bytes` of host memory (pinned for CUDA),
     and as much of files as it takes. What is on its way between memory and files comes on top, up to
-    `staging.BUFFERS` times the largest block. `folder` is for this store alone, made when first needed and gone after
-    `close`; what a killed process left there is removed.
+    `staging.buffers(reads)` times the largest block, `reads` being how many are read ahead. `folder` is for this store
+    alone, made when first needed and gone after `close`; what a killed process left there is removed.
 
     A new version goes to the fastest tier that has room, or makes room by moving what is used later than it one tier
     down, the latest first: after what is expected comes what is not, then committed versions with a pending one
@@ -34,7 +34,9 @@ class Store:
     still in memory, and the write is tried again.
     """
 
-    def __init__(self, device: torch.device, *, device_bytes: int, host_bytes: int, folder: Path) -> None:
+    def __init__(
+        self, device: torch.device, *, device_bytes: int, host_bytes: int, folder: Path, reads: int = staging.READS
+    ) -> None:
         if device_bytes < 0 or host_bytes < 0:
             raise ValueError(f"a budget is negative: {device_bytes} bytes of device, {host_bytes} of host memory")
         cuda = device.type == "cuda"
@@ -57,7 +59,8 @@ class Store:
         self._pools: dict[Tier, Pool] = {Tier.HOST: host, Tier.FILE: host}  # to files by way of the host
         if self._outward is not None:
             self._pools[Tier.DEVICE] = blocks.device_pool(self._lock, device_bytes, device, self._outward)
-        self._staging = staging.Staging(host, folder)
+        self._spare = staging.buffers(reads)  # of the largest block's size, on top of the budget
+        self._staging = staging.Staging(host, folder, reads)
 
     @property
     def held(self) -> dict[str, int]:
@@ -100,7 +103,7 @@ class Store:
         blocks.check(block, n, torch.device("cpu"))
         new = Block(id, n)
         self._largest = max(self._largest, n)
-        self._pools[Tier.HOST].limit = self._budget[Tier.HOST] + staging.BUFFERS * self._largest
+        self._pools[Tier.HOST].limit = self._budget[Tier.HOST] + self._spare * self._largest
         self._put(new, self._room(new, Tier.DEVICE), block).synchronize()
         with self._lock:
             self._committed[id] = new
@@ -115,12 +118,17 @@ class Store:
     def prefetch(self, id: int) -> None:
         """Begin to read the client's latest version if that is in a file.
 
-        At most `staging.READS` wait to be loaded; of more, the one that is used latest is given up.
+        Of more than are read ahead, the one that is used latest is given up.
         """
         self._begin()
         block = self._latest(id)
         if block.tier is Tier.FILE:
             self._staging.prefetch(block, self._next_use)
+
+    def ready(self, id: int) -> bool:
+        """Whether `load` would not wait for a file."""
+        block = self._latest(id)
+        return block.tier is not Tier.FILE or self._staging.ready(block)
 
     def load(self, id: int, region: Tensor, after: Handle | None = None) -> Handle:
         """Copy the client's latest version into `region[:n]`; the handle tells when it is there.

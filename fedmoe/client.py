@@ -81,7 +81,10 @@ class Client:
 
     def payload(self) -> Payload:
         """A copy of what the client shares: {"theta": fp32 [P]}; nothing if it has no global expert."""
-        return {} if self.global_expert is None else mixture.pack(mixture.theta_tensors(self.global_expert))
+        if self.global_expert is None:
+            return {}
+        packed = mixture.pack(mixture.theta_tensors(self.global_expert))
+        return {name: tensor.cpu() for name, tensor in packed.items()}
 
     def state(self) -> State:
         """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), momentum (`momentum/...`)."""

@@ -57,9 +57,11 @@ def opened(config: Config, run: Path, device: torch.device, stop: threading.Even
     # A folder for each process: others may evaluate the run at the same time.
     place = run if os.access(run, os.W_OK) else Path(tempfile.gettempdir())
     folder = place / f".states-{uuid.uuid4().hex}"
-    with Store(device, device_bytes=plan.device_bytes, host_bytes=plan.host_bytes, folder=folder) as store:
+    budgets = {"device_bytes": plan.device_bytes, "host_bytes": plan.host_bytes}
+    with Store(device, **budgets, folder=folder, reads=1 + plan.lanes) as store:
+        widths = {"cohort": plan.cohort, "regions": plan.regions, "lanes": plan.lanes}
         resident = plan.data == "device" or device.type == "cpu"
-        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop, plan.cohort, plan.regions)
+        yield DeviceEngine(Federation(config, run), device, store, how, resident, stop, **widths)
 
 
 def sweep(run: Path) -> None:

@@ -47,7 +47,7 @@ class Federation:
         return self._opened(config, client, False).program
 
     def pack(self, theta: Sequence[Tensor]) -> Payload:
-        """The payload {"theta": fp32 [P]} on the CPU."""
+        """The payload {"theta": fp32 [P]}, a copy, on the tensors' device."""
         return mixture.pack(theta)
 
     def unpack(self, payload: Payload, theta: Sequence[Tensor]) -> None:

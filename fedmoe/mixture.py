@@ -146,8 +146,8 @@ def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
 
 
 def pack(theta: Sequence[Tensor]) -> Payload:
-    """A copy of theta's tensors, in the order of `theta_tensors`, as the payload {"theta": fp32 [P]} on the CPU."""
-    return {"theta": torch.cat([t.detach().reshape(-1).float() for t in theta]).cpu()}
+    """A copy of theta's tensors, in the order of `theta_tensors`, as the payload {"theta": fp32 [P]}, there."""
+    return {"theta": torch.cat([t.detach().reshape(-1).float() for t in theta])}
 
 
 def unpack(payload: Payload, theta: Sequence[Tensor]) -> None:

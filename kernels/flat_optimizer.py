@@ -50,9 +50,9 @@ def flat_norm(
 
 
 def sgd_step(
-    weights: Tensor,  # [P] or [K, P] fp32, in place
+    weights: Tensor,  # [P] or [K, P] fp32, in place; rows may lie apart
     gradients: Tensor,  # same shape, fp32, bf16 or fp16; zeroed
-    buffer: Tensor | None,  # same shape, fp32, the momentum's, in place; begins as zeros; None without momentum
+    buffer: Tensor | None,  # shape and strides as weights, fp32, the momentum's, in place; None without momentum
     *,
     lr: Tensor,  # [] or [K]
     momentum: float = 0.0,

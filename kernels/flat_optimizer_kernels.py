@@ -43,9 +43,9 @@ def _sgd(weights, gradients, buffer, low, mask, factor, rate, MOMENTUM, WEIGHT_D
         _write(gradients, tl.zeros_like(w), mask)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "PITCH"])
 def sgd_kernel(
-    weights,  # [K, P] fp32, in place
+    weights,  # [K, P] fp32, in place; its rows and those of buffer begin PITCH elements apart
     gradients,  # [K, P], zeroed if ZERO
     buffer,  # [K, P] fp32, the momentum's, in place, or None
     low,  # [K, P] bf16 or fp16 out, or None
@@ -55,6 +55,7 @@ def sgd_kernel(
     found_inf,  # [K] fp32, likewise: rows with other than 0 are left as they are, but for their gradients
     live,  # [K] bool or int8, or None: rows with 0 likewise
     P,
+    PITCH,
     LR_K: tl.constexpr,
     SCALE_K: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -68,8 +69,9 @@ def sgd_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     tile = start + tl.arange(0, BLOCK)
     at = _begin(P, ALIGN) + tile
-    w, g = weights + at, gradients + at
-    b = buffer + at if buffer is not None else None
+    far = _begin(PITCH, ALIGN) + tile
+    w, g = weights + far, gradients + at
+    b = buffer + far if buffer is not None else None
     c = low + at if low is not None else None
     if _stays(found_inf, live):
         if ZERO:

@@ -61,7 +61,9 @@ def sgd_launch(
     constants = {"LR_K": _a_row(lr), "SCALE_K": _a_row(scale)}
     numbers = {"MOMENTUM": momentum, "WEIGHT_DECAY": weight_decay, "NESTEROV": nesterov, "ZERO": zero}
     tile = _kernels.SGD_TILE
-    return _update(_kernels.sgd_kernel, weights, gradients, low, live, control, tensors, {**constants, **numbers}, tile)
+    pitch = weights.stride(0) if weights.ndim == 2 else weights.shape[0]
+    call = {**constants, **numbers}
+    return _update(_kernels.sgd_kernel, weights, gradients, low, live, control, tensors, call, tile, pitch)
 
 
 def adamw_launch(
@@ -103,19 +105,21 @@ def _update(
     others: dict[str, Tensor | None],
     constants: dict[str, Any],
     tile: tuple[int, int],
+    pitch: int | None = None,  # elements from row to row of the weights, for a kernel whose weights' rows may be apart
 ) -> Launch:
     block, warps = tile
     tensors = {"weights": weights, "gradients": gradients, "low": low, "live": live, **others}
     tensors["factor"] = control.factor if control else None
     tensors["found_inf"] = control.found_inf if control else None
     size, rows = weights.shape[-1], weights.shape[:-1].numel()
-    constants = {**constants, "ALIGN": _alignment(weights), "BLOCK": block}
-    return Launch(kernel, (-(-size // block), rows), tensors, constants, {"P": size}, warps, 1)
+    constants = {**constants, "ALIGN": _alignment(weights, pitch or size), "BLOCK": block}
+    sizes = {"P": size} if pitch is None else {"P": size, "PITCH": pitch}
+    return Launch(kernel, (-(-size // block), rows), tensors, constants, sizes, warps, 1)
 
 
-def _alignment(rows: Tensor) -> int:
+def _alignment(rows: Tensor, pitch: int | None = None) -> int:
     """The largest power of two up to 16, vectors of any dtype, that divides where each row begins, in elements."""
-    size = rows.shape[-1]
+    size = rows.shape[-1] | (pitch or 0)
     return 16 if rows.shape[:-1].numel() == 1 else max(1, min(16, size & -size))
 
 

@@ -45,9 +45,9 @@ def flat_norm(
 
 
 def sgd_step(
-    weights: Tensor,  # [P] or [K, P], in place
+    weights: Tensor,  # [P] or [K, P], in place; rows may lie apart
     gradients: Tensor,  # same shape, any floating dtype; zeroed
-    buffer: Tensor | None,  # same shape, the momentum's, in place; begins as zeros; None without momentum
+    buffer: Tensor | None,  # shape and strides as weights, the momentum's, in place; None without momentum
     *,
     lr: Tensor,  # [] or [K]
     momentum: float = 0.0,
@@ -60,6 +60,8 @@ def sgd_step(
     zero: bool = True,
 ) -> None:
     """One step of torch.optim.SGD (dampening 0), on the gradients unscaled and, with `control`, clipped.
+
+    The buffer begins as zeros.
 
     Rows that are not live, and rows that `control` found not finite, keep weights, buffer and low copy to the bit;
     their gradients are zeroed like all others. Raises ValueError for shapes, devices, dtypes or numbers that do not

@@ -16,6 +16,11 @@ def shipped() -> Iterator[tuple[str, str, Launch]]:
     yield from _rows((2_621_558,), torch.bfloat16, torch.bfloat16, True)
     yield from _rows((10, 665_088), torch.float16, torch.float16, True)
     yield from _rows((10, 665_048), torch.float32, None, False)
+    apart = torch.empty(10, 2, 665_088)[:, 0]
+    call = sgd_launch(
+        apart, torch.empty(apart.shape), apart, torch.empty(()), 0.9, 1e-3, False, None, None, None, None, True
+    )
+    yield "flat_optimizer sgd", f"float32 {list(apart.shape)}, rows apart", call
 
 
 def _rows(

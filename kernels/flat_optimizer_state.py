@@ -106,14 +106,17 @@ def check_sgd(
     control: Control | None,
 ) -> None:
     """Raise ValueError for what no implementation of `sgd_step` takes."""
-    _check_step(weights, gradients, lr, low, scale, live, control)
+    _check_step(weights, gradients, lr, low, scale, live, control, apart=True)
     if momentum < 0 or (nesterov and momentum == 0):
         raise ValueError(f"momentum is {momentum} with nesterov={nesterov}, expected positive, or 0 without")
     if (buffer is None) != (momentum == 0):
         given = "missing" if buffer is None else "given"
         raise ValueError(f"buffer is {given} with momentum {momentum}: it goes with a momentum, and only with one")
     if buffer is not None:
-        fits("buffer", buffer, tuple(weights.shape), None, weights.device)
+        _fits_rows("buffer", buffer, tuple(weights.shape), weights.device)
+        if buffer.ndim == 2 and len(buffer) > 1 and buffer.stride(0) != weights.stride(0):
+            found = f"buffer's rows are {buffer.stride(0)} elements apart, those of weights {weights.stride(0)}"
+            raise ValueError(f"{found}: expected the same")
 
 
 def check_adamw(
@@ -155,9 +158,12 @@ def _check_step(
     scale: Tensor | None,
     live: Tensor | None,
     control: Control | None,
+    apart: bool = False,  # whether the rows of weights may be
 ) -> None:
     rows, device = _rows("weights", weights)
-    for name, tensor in (("weights", weights), ("gradients", gradients), ("low", low)):
+    if apart:
+        _fits_rows("weights", weights, tuple(weights.shape), device)
+    for name, tensor in (("weights", None if apart else weights), ("gradients", gradients), ("low", low)):
         if tensor is not None:
             fits(name, tensor, tuple(weights.shape), None, device)
     _check_scalars(rows, device, lr=lr, scale=scale)
@@ -166,6 +172,12 @@ def _check_step(
         _check_control(control, rows, device)
         if scale is not None:
             raise ValueError("scale and control are both given, expected one: control's factor holds the scale")
+
+
+def _fits_rows(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """As `fits`, but rows, each contiguous, may lie apart."""
+    apart = tensor.ndim == 2 and tensor.shape == shape and tensor.stride(1) == 1 and tensor.stride(0) > shape[1]
+    fits(name, tensor[0] if apart else tensor, shape[1:] if apart else shape, None, device)
 
 
 def _rows(name: str, tensor: Tensor) -> tuple[tuple[int, ...], torch.device]:

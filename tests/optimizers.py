@@ -29,13 +29,20 @@ class State:
         gradient: torch.dtype,
         low: torch.dtype,
         bits: int,
+        apart: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(7)
         shapes = (shape, (*shape[:-1], shape[-1] // 3 + 1))
         self.weights = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+        self.wide = []  # with what lies between rows, 7, and must stay
         self.gradients = [torch.zeros(s, dtype=d, device=device) for s, d in zip(shapes, (gradient, FP32), strict=True)]
         self.low = self.weights[0].to(low)
         self.buffers = [torch.zeros_like(w) for w in self.weights]
+        for k, values in enumerate(self.weights if apart else ()):
+            wide = torch.cat([values, torch.full_like(values, 7), self.buffers[k], torch.full_like(values, 7)], dim=1)
+            wide = wide.view(len(values), 4, -1)
+            self.weights[k], self.buffers[k] = wide[:, 0], wide[:, 2]
+            self.wide.append(wide)
         self.moments = [Moments.zeros(w, bits) for w in self.weights] if bits else None
         self.step = torch.zeros(shape[:-1], device=device)
         self.control = Control.empty(self.gradients, dtype)
@@ -95,9 +102,10 @@ def check(
     live: bool = False,  # with rows: the first is not
     wrong: bool = False,  # the second of three steps is not finite
     device: str = "cpu",
+    apart: bool = False,  # with rows: those of weights and buffers do not touch
 ) -> State:
     """Three steps, compared after each; returns the kernels' state."""
-    made = [State(shape, dtype, device, gradient, low, bits) for dtype in (FP64, FP32, FP32)]
+    made = [State(shape, dtype, device, gradient, low, bits, apart) for dtype in (FP64, FP32, FP32)]
     mask = torch.arange(shape[0], device=device) > 0 if live else None
     factor = torch.full((), scale, device=device)
     for t in range(3):
@@ -115,6 +123,7 @@ def check(
                 assert_within_rule(f"{name} of step {t}", actual[name], plain[name], truth.double())
         if norm is not None and not wrong:
             assert_within_rule("norm", *(state.control.norm for state in (made[2], made[1], made[0])))
+    assert all((wide[:, 1::2] == 7).all() for state in made for wide in state.wide)
     return made[2]
 
 

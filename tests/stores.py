@@ -114,7 +114,7 @@ class Machine(RuleBasedStateMachine):
         assert held["device"] <= (self.budgets["device"] if self.device.type == "cuda" else 0)
         largest = max(map(len, self.committed.values()), default=0)
         pools = self.store._pools
-        assert pools[Tier.HOST].allocated <= self.budgets["host"] + staging.BUFFERS * largest
+        assert pools[Tier.HOST].allocated <= self.budgets["host"] + staging.buffers() * largest
         if Tier.DEVICE in pools:
             assert pools[Tier.DEVICE].allocated <= self.budgets["device"]
 

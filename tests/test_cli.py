@@ -551,19 +551,19 @@ def test_model_that_fails_late_loses_no_round(tmp_path: Path, fedmoe: Fedmoe) ->
 
 def fail_in_round_3() -> None:
     """Have client 4 refuse its third training."""
-    from fedmoe.engine.device_engine import DeviceEngine
+    from fedmoe.engine.lane import Lane
     from fedmoe.errors import UserError
 
-    train, count = DeviceEngine._train, 0
+    train, count = Lane._train, 0
 
-    def failing(self: DeviceEngine, member: Any, *others: Any) -> Any:
+    def failing(self: Lane, unit: Any, *others: Any) -> Any:
         nonlocal count
-        count += member.id == 4
+        count += unit.clients == [4]
         if count == 3:
             raise UserError("client 4 has had enough")
-        return train(self, member, *others)
+        return train(self, unit, *others)
 
-    DeviceEngine._train = failing  # type: ignore[assignment, method-assign]
+    Lane._train = failing  # type: ignore[assignment, method-assign]
 
 
 def test_full_disk_for_states_that_no_memory_has_room_for(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from fedmoe import engines, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
-from fedmoe.engine import cohort_jobs
+from fedmoe.engine import units
 from fedmoe.engine.cohort import Cohort
-from fedmoe.engine.cohort_jobs import grouped
 from fedmoe.engine.device_engine import DeviceEngine
+from fedmoe.engine.lane import Lane
 from fedmoe.engine.seam import Interrupted, Job
 from fedmoe.engine.step import How
+from fedmoe.engine.units import grouped
 from tests.engines import Outcome, apart, assert_close, assert_same, engine, rounds
 from tests.support import begin, changed, theta
 from tests.synchronization import NoSynchronization
@@ -50,7 +51,7 @@ def outcome(config: Config, run: Path, cohort: int = 4, how: How | None = None, 
 
 def sizes(made: DeviceEngine) -> list[int]:
     """Of the cohorts that there were."""
-    return [] if made._cohorts is None else sorted(rows for _, rows in made._cohorts._cohorts)
+    return sorted(rows for lane in made.lanes for room in lane.rooms for _, rows in room.cohorts)
 
 
 def trained(config: Config, run: Path, jobs: list[Job], how: How | None = None, **options: Any) -> Outcome:
@@ -126,8 +127,8 @@ def test_results_come_in_job_order_and_a_client_may_come_twice(config: Config, t
     jobs = [replace(job, round=i) for i, job in enumerate(jobs_of(config, *clients))]
     with engine(config, run, How(), cohort=3) as made:
         assert [r.client for r in made.run("train", jobs)] == list(clients)
-        assert len(made._cohorts._cohorts) > 1  # type: ignore[union-attr]
-        assert len({member.batch_size for member in made._members.values()}) > 1
+        assert len(sizes(made)) > 1
+        assert len({member.batch_size for member in made.site.roster._members.values()}) > 1
     assert_close(trained(config, run, jobs, cohort=3), trained(config, run, jobs), TOLERANCE)
 
 
@@ -148,20 +149,17 @@ def test_groups(clients: list[int], most: int, architectures: int) -> None:
 def ended(config: Config, run: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """The blocks of a cohort of clients 0 and 1 after each step; client 0 takes three, client 1 more."""
     seen: list[list[Tensor]] = []
-    take, order = Cohort._take, DeviceEngine._order
+    take, order = Cohort._take, Lane._order
 
     def watched(self: Cohort, indices: Tensor) -> None:
         take(self, indices)
-        blocks = [torch.zeros(self.layout.size, dtype=torch.uint8) for _ in range(2)]
-        for row, block in enumerate(blocks):
-            self.get(row, block)
-        seen.append([*blocks, self.loss.clone(), self.correct.clone()])
+        seen.append([*self.blocks.clone(), self.loss.clone(), self.correct.clone()])
 
-    def short(self: DeviceEngine, member: Any, job: Job, epoch: int) -> Tensor:
+    def short(self: Lane, member: Any, job: Job, epoch: int) -> Tensor:
         return order(self, member, job, epoch)[: 3 if member.id == 0 else None]
 
     monkeypatch.setattr(Cohort, "_take", watched)
-    monkeypatch.setattr(DeviceEngine, "_order", short)
+    monkeypatch.setattr(Lane, "_order", short)
     with engine(config, run, How(), cohort=2) as made:
         results = list(made.run("train", jobs_of(config, 0, 1)))
     size = config.training.batch_size
@@ -290,7 +288,7 @@ def test_half_of_them_at_a_time_where_memory_does_not_suffice(
 
     def short(self: Cohort, indices: Tensor) -> None:
         take(self, indices)
-        if self.rows > most[0] and self._next == 2:
+        if self.rows > most[0] and self._done == 2:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Cohort, "_take", short)
@@ -304,7 +302,7 @@ def test_half_of_them_at_a_time_where_memory_does_not_suffice(
 
 def test_large_clients_train_alone(ragged: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, jobs = begin(ragged, tmp_path / "run"), jobs_of(ragged, 0, 1)
-    monkeypatch.setattr(cohort_jobs, "LARGE", 1000)
+    monkeypatch.setattr(units, "LARGE", 1000)
     assert_same(trained(ragged, run, jobs, cohort=2), trained(ragged, run, jobs))
 
 
@@ -354,18 +352,21 @@ def test_the_plan_says_how_many(ragged: Config, tmp_path: Path, asked: int) -> N
 
 def test_callers_faults(ragged: Config, tmp_path: Path) -> None:
     run = begin(ragged, tmp_path / "run")
-    with pytest.raises(ValueError, match="cohort is 0, must be at least 1"), engine(ragged, run, How(), cohort=0):
+    with (
+        pytest.raises(ValueError, match="cohort is 0 and lanes 1, both must be at least 1"),
+        engine(ragged, run, How(), cohort=0),
+    ):
         pass
     with engine(ragged, run, How(), cohort=2) as made:
         assert not list(made.run("train", []))
         with pytest.raises(ValueError, match="client 1 cannot take this in"):
             list(made.run("train", [*jobs_of(ragged, 0), Job(1, 1, {"theta": torch.zeros(3)}, {"epochs": 1})]))
-        (cohort,) = made._cohorts._cohorts.values()  # type: ignore[union-attr]
+        (cohort,) = made.lanes[0].rooms[0].cohorts.values()
         orders = [torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 15, dtype=torch.int64)]
         with pytest.raises(ValueError, match=r"of one B, got \[\[2, 16\], \[2, 15\]\]"):
-            cohort.begin(orders)
+            cohort.steps(orders)
         with pytest.raises(ValueError, match=r"a cohort of 2 takes as many orders .*, got \[\[2, 16\]\]"):
-            cohort.begin(orders[:1])
+            cohort.steps(orders[:1])
 
 
 class Deciding(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine import device_engine
 from fedmoe.engine import step as steps
 from fedmoe.engine.program import Program
+from fedmoe.engine.rooms import Room
 from fedmoe.engine.seam import Interrupted, Job, Refused
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
@@ -100,7 +100,7 @@ def test_the_same_client_twice_in_a_row_goes_on_from_where_it_was(config: Config
     losses = []
     for count in (1, 2):
         with engine(config, run, How()) as made:
-            made._rooms = [device_engine._Room(torch.empty(0, dtype=torch.uint8)) for _ in range(count)]
+            made.lanes[0].rooms = [Room(CPU) for _ in range(count)]
             losses.append([result.metrics["loss"] for result in made.run("train", jobs)])
     assert losses[0] == losses[1] and len(set(losses[0])) == 5
 
@@ -112,7 +112,7 @@ def test_a_resumed_fp16_run_is_the_uninterrupted_one(config: Config, tmp_path: P
     job = [Job(0, number, theta(config), {"epochs": 1}) for number in (1, 2)]
     with engine(config, run, how) as made:
         list(made.run("train", job[:1]))
-        (step,) = made._rooms[0].steps.values()
+        (step,) = made.lanes[0].rooms[0].steps.values()
         assert step.scale is not None
         step.scale.scale.fill_(8.0)
         made.rollback()
@@ -242,13 +242,13 @@ def test_nothing_private_is_handed_out(config: Config, tmp_path: Path, monkeypat
     jobs = [Job(0, 1, theta(config), {"epochs": 1})]
     with engine(config, run, How()) as made:
         (result,) = made.run("train", jobs)
-        (step,) = made._rooms[0].steps.values()
+        (step,) = made.lanes[0].rooms[0].steps.values()
         block = step.arena.block
         spans = range(block.data_ptr(), block.data_ptr() + len(block))
         assert result.payload.keys() == {"theta"} and result.payload["theta"].data_ptr() not in spans
         own = torch.cat([t.detach().flatten() for t in step.arena.theta()])
         assert torch.equal(result.payload["theta"], own)
-        monkeypatch.setattr(made.federation, "pack", lambda theta: {"theta": own, "private": step.arena.weights})
+        monkeypatch.setattr(made.site.federation, "pack", lambda theta: {"theta": own, "private": step.arena.weights})
         with pytest.raises(ValueError, match="client 0 may not send this: 'private' must not be there"):
             list(made.run("train", jobs))
 
@@ -257,7 +257,7 @@ def test_arenas_stay_bound(config: Config, tmp_path: Path) -> None:
     run = begin(config, tmp_path / "run")
     with engine(config, run, How(precision="bf16")) as made:
         rounds(config, made, run, 1)
-        for step in made._rooms[0].steps.values():
+        for step in made.lanes[0].rooms[0].steps.values():
             step.arena.check()
 
 
@@ -267,13 +267,13 @@ def test_fp16_overflow_skips_the_step_and_is_counted(
     run = begin(config, tmp_path / "run")
     with engine(config, run, How(precision="fp16", optimizer="flat")) as made:
         list(made.run("train", [Job(0, 1, theta(config), {"epochs": 1})]))
-        (step,) = made._rooms[0].steps.values()
+        (step,) = made.lanes[0].rooms[0].steps.values()
         assert step.scale is not None
         # From where every client begins, it overflows in fp16.
         monkeypatch.setattr(type(step.scale), "reset", lambda self: (self.scale.fill_(2.0**40), self.skipped.zero_()))
         (result,) = made.run("train", [Job(0, 2, theta(config), {"epochs": 1})])
         taken = result.metrics["samples"]
-        assert isinstance(taken, int) and result.metrics["skipped"] == taken // made._members[0].batch_size
+        assert isinstance(taken, int) and result.metrics["skipped"] == taken // made.site.roster[0][0].batch_size
         assert result.metrics["rolled_back"] == 0 and step.scale.scale < 2.0**40
 
 
@@ -329,7 +329,7 @@ def test_out_of_memory_without_a_way_out_is_one_line(
         run = begin(changed(config, gate={"norm": norm}), tmp_path / norm)
         with engine(changed(config, gate={"norm": norm}), run, PLAIN) as made:
             job = Job(0, 1, theta(config), {"epochs": 1})
-            made._open(0)
+            made.site.roster[0]
             monkeypatch.setattr(Step, "_take", full)
             with pytest.raises(Refused, match=rf"client 0, cnn-1: out of device memory with batches of 16, and {why}"):
                 list(made.run("train", [job]))

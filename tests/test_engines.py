@@ -37,7 +37,7 @@ def test_the_plan_decides(config: Config, tmp_path: Path) -> None:
     engines.write(run, plan(config))
     with engines.opened(config, run, CPU) as made:
         assert isinstance(made, DeviceEngine)
-        assert made.how.optimizer == "flat" and made.how.precision == "fp16"
+        assert made.site.how.optimizer == "flat" and made.site.how.precision == "fp16"
         jobs = [Job(client, 1, theta(config), {"epochs": 1}) for client in range(5)]
         assert all(result.weight > 0 for result in made.run("train", jobs))
         assert made.store.held["file"] > 0 and made.store.held["host"] <= 10**6

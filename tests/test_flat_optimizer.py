@@ -247,6 +247,8 @@ def test_wrong_arguments() -> None:
     calls: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((w, w[:, :7], None), {}, r"gradients has shape \(2, 7\).* expected contiguous \(2, 8\)"),
         ((w[None], w[None], None), {}, r"weights has shape \(1, 2, 8\), expected \[P\] or \[K, P\]"),
+        ((w.T, w.T, None), {}, r"weights has shape \(8, 2\), strides \(1, 8\)"),
+        ((w, w, torch.zeros(2, 9)[:, :8]), {"momentum": 0.9}, "buffer's rows are 9 elements apart, those of weights 8"),
         ((w, w, None), {"low": w.T}, r"low has shape \(8, 2\)"),
         ((w, w, None), {"lr": torch.ones(3)}, r"lr has shape \(3,\).* expected contiguous \(2,\)"),
         ((w, w, None), {"momentum": 0.9}, r"buffer is missing with momentum 0\.9"),

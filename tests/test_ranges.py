@@ -15,11 +15,11 @@ class Heard:
     def __init__(self) -> None:
         self.all: list[str] = []
 
-    def begin(self, phase: str) -> None:
-        self.all.append(f"+{phase}")
+    def begin(self, phase: str, lane: int) -> None:
+        self.all.append(f"+{phase}" + f" in {lane}" * bool(lane))
 
-    def end(self, phase: str) -> None:
-        self.all.append(f"-{phase}")
+    def end(self, phase: str, lane: int) -> None:
+        self.all.append(f"-{phase}" + f" in {lane}" * bool(lane))
 
 
 def test_phases() -> None:
@@ -43,7 +43,7 @@ def test_a_round_on_the_engine_is_marked(config: Config, tmp_path: Path) -> None
     count = {name: heard.all.count(f"+{name}") for name in PHASES}
     assert all(heard.all.count(f"-{name}") == n for name, n in count.items())
     steps = count["optimizer"]
-    assert steps == count["backward"] == count["header"] == count["batch"] > 0
+    assert steps == count["backward"] == count["header"] == count["batch"] - count["evaluation"] > 0
     assert count["client"] == 15 and count["evaluation"] == 10 and count["transfer out"] == 5
     assert count["global"] == count["local"] == count["gate"] > steps  # evaluation, too
     client = heard.all.index("+client")

@@ -148,7 +148,7 @@ def test_a_thousand_rounds_leave_nothing_behind(tmp_path: Path, monkeypatch: pyt
                 store.load(id, region(0))
                 store.save(id, region(number))
             (store.commit if number % 3 else store.rollback)()
-        assert made <= 3 + staging.BUFFERS  # then they are used again
+        assert made <= 3 + staging.buffers()  # then they are used again
         assert sum(store.held.values()) == 5 * UNIT == sum(by_tier(store).values())
         store.prefetch(0)  # what is done is taken note of
         assert len(list(store.folder.iterdir())) <= 5 + 2 * staging.WRITES
@@ -166,7 +166,7 @@ def test_memory_of_another_size_makes_room(tmp_path: Path) -> None:
             store.expect([id])
         for id in range(16):
             assert torch.equal(store.read(id), content(id, (1 + id % 8) * UNIT))
-        assert store._pools[blocks.Tier.HOST].allocated <= (8 + 8 * staging.BUFFERS) * UNIT
+        assert store._pools[blocks.Tier.HOST].allocated <= (8 + 8 * staging.buffers()) * UNIT
 
 
 def test_committed_bytes_stay_while_new_versions_come(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_bookkeeping(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> No
 
         def steps() -> None:
             for client in range(CLIENTS):
-                member = made._members[client]
-                step = made._rooms[client % len(made._rooms)].steps[member.architecture]
+                member, rooms = made.site.roster[client][0], made.lanes[0].rooms
+                step = rooms[client % len(rooms)].steps[member.architecture]
                 size, count = member.batch_size, member.training // member.batch_size
                 for _ in step.epoch(member.samples[: size * count].view(count, size)):
                     pass

@@ -41,7 +41,7 @@ def ragged(config: Config) -> Config:
 def outcome(config: Config, run: Path, how: How, device: str = "cuda", cohort: int = 4) -> Outcome:
     with engine(config, run, how, device, cohort=cohort) as made:
         result = rounds(config, made, run, 2)
-        assert cohort == 1 or (made._cohorts is not None and len(made._cohorts._cohorts) == 1)
+        assert [len(room.cohorts) for room in made.lanes[0].rooms] == [int(cohort > 1), 0]
         return result
 
 

@@ -27,6 +27,8 @@ def test_is_the_oracle(shape: tuple[int, ...], gradient: torch.dtype, low: torch
     common: dict[str, Any] = {"gradient": gradient, "low": low, "device": "cuda"}
     check(shape, FORMS[bits], bits, **common)
     check(shape, FORMS[bits], bits, norm=0.3, live=len(shape) > 1, wrong=True, **common)
+    if len(shape) > 1 and not bits:
+        check(shape, apart=True, **common)
 
 
 def test_addresses_that_are_not_aligned() -> None:

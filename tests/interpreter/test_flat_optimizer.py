@@ -25,6 +25,7 @@ _count = itertools.count()
 def test_sgd(options: dict[str, Any]) -> None:
     check(options=options)
     check((2, 260), options, gradient=BF16, norm=1.0, live=True, wrong=True)
+    check((3, 260), options, apart=True)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -105,6 +106,10 @@ def clipped() -> None:
     check(norm=1.0)
 
 
+def apart() -> None:
+    check((2, 260), apart=True)
+
+
 def skipped() -> None:
     check((2, 260), norm=0.0, live=True, wrong=True)
 
@@ -124,6 +129,7 @@ BUGS: dict[str, tuple[ModuleType, str, str, Callable[[], None]]] = {
     ),
     "weight decay coupled to the gradient": (UPDATES, "(g - m)", "(g + WEIGHT_DECAY * w - m)", adamw),
     "eps inside the root": (UPDATES, "tl.sqrt(v / correction2) + EPS", "tl.sqrt(v / correction2 + EPS)", adamw),
+    "rows taken to touch": (UPDATES, "_begin(PITCH, ALIGN)", "_begin(P, ALIGN)", apart),
     "low copy of the weights before": (
         UPDATES,
         "w -= rate * g\n    _write(weights, w, mask)",
