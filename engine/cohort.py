@@ -18,12 +18,14 @@ from fedmoe.engine.arena import Layout
 from fedmoe.engine.graphs import Replayed, Track
 from fedmoe.engine.lowered import Lowered
 from fedmoe.engine.member import SGD
+from fedmoe.engine.optimizers import Scale
 from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.engine.step import How, branches
 from fedmoe.kernels import flat_optimizer, flat_optimizer_oracle
+from fedmoe.kernels.flat_optimizer import Control
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ class Cohort:
         self._steps = torch.zeros(self.rows, dtype=torch.int64, device=self._device)  # [K], each client's own
         self._done = torch.zeros(1, dtype=torch.int64, device=self._device)  # steps
         changing = [blocks, self.loss, self.correct, self._done]
+        self.scale = Scale(self._device, (self.rows,)) if how.precision == "fp16" else None
+        if self.scale is not None:
+            self._control = Control.empty([segment.gradients for segment in self._segments])
+            changing += [self.scale.scale, self.scale.steps, self.scale.skipped]
         self._replayed = Replayed(lambda indices: self._take(indices), loader, track, changing, self._restart)
 
     @staticmethod
@@ -96,6 +102,8 @@ class Cohort:
         self.loss.zero_()
         self.correct.zero_()
         self._done.zero_()
+        if self.scale is not None:
+            self.scale.reset()
         self._restart()
         self._body.train()
 
@@ -131,7 +139,8 @@ class Cohort:
         with Lowered(self._how.low) if self._how.low is not None else contextlib.nullcontext():
             loss, hits = vmap(self._one, randomness="different")({**self._parameters, **self._others}, buffers, x, y)
         with phase("backward"):
-            made = torch.autograd.grad(loss.sum(), list(self._parameters.values()), allow_unused=True)
+            total = loss.sum() if self.scale is None else (loss * self.scale.scale).sum()
+            made = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)
             used = [(mine, new) for mine, new in zip(self._gradients.values(), made, strict=True) if new is not None]
             torch._foreach_copy_([mine for mine, _ in used], [new for _, new in used])
         with phase("optimizer"):
@@ -148,12 +157,17 @@ class Cohort:
         return functional_call(self._body, tensors, (x, y))
 
     def _update(self, live: Tensor) -> None:
-        sgd = self._sgd
+        sgd, scale, control = self._sgd, self.scale, None
+        if scale is not None:
+            control, gradients = self._control, [segment.gradients for segment in self._segments]
+            self._do.flat_norm(gradients, scale=scale.scale, live=live, out=control)
         for s in self._segments:
             self._do.sgd_step(
                 s.weights, s.gradients, s.momentum if sgd.momentum else None, lr=self._lr, momentum=sgd.momentum,
-                weight_decay=sgd.weight_decay, low=s.low, live=live, zero=False,
+                weight_decay=sgd.weight_decay, low=s.low, live=live, control=control, zero=False,
             )  # fmt: skip
+        if scale is not None:
+            scale.update(self._control.found_inf)
 
     def _carved(self, scratch: Tensor) -> Iterator[_Segment]:
         layout, low, end = self.layout, self._how.low, 0
@@ -198,8 +212,6 @@ class _Body(nn.Module):
 
 def cohort_supported(program: Program, layout: Layout, loader: Loader, how: How) -> tuple[bool, str]:
     """Whether clients with this program can train together, and if not, why. Tried out, on two blank clients."""
-    if how.precision == "fp16":
-        return False, "a cohort has no loss scale, which fp16 needs for each client"
     blocks = torch.zeros(2, layout.size, dtype=torch.uint8, device=loader.device)
     scratch = torch.empty(Cohort.scratch(layout, 2), dtype=torch.uint8, device=loader.device)
     sgd = SGD(lr=0.0, momentum=0.0, weight_decay=0.0, reset_theta=False)

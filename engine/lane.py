@@ -148,13 +148,18 @@ class Lane:
         if fetched is None:
             yield from self._train_in_halves(unit, room, meanwhile)
             return
-        numbers, *tensors = yield from self._fetched(fetched)
+        skipped = [] if cohort.scale is None else [cohort.scale.skipped]
+        numbers, *tensors = yield from self._fetched([*fetched, *skipped])
+        overflows = tensors.pop().tolist() if skipped else []
         share = (time.perf_counter() - start) / len(jobs)  # their seconds add up to what the cohort took
         for row, (member, job, order) in enumerate(zip(members, jobs, orders, strict=True)):
             loss, correct, whole = numbers[:, row].tolist()
             payload = {name: tensors.pop(0) for name in packed[row]}
             taken, begin = Taken(len(order), loss, correct, bool(whole), payload), time.perf_counter() - share
-            yield unit.places[row], self._outcome(member, layout, room, row, job, taken, begin, {"parts": 1})
+            more: Metrics = {"parts": 1}
+            if skipped:
+                more["skipped"] = int(overflows[row])
+            yield unit.places[row], self._outcome(member, layout, room, row, job, taken, begin, more)
 
     def _train_in_halves(self, unit: Unit, room: Room, meanwhile: Callable[[], None]) -> Turns:
         # Here no frame holds the tensors of the step that failed any more.

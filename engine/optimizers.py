@@ -29,12 +29,12 @@ class Optimizer(Protocol):
 
 
 class Scale:
-    """A dynamic loss scale, all of it on the device (PyTorch's GradScaler, without its attachments)."""
+    """A dynamic loss scale, all of it on the device (PyTorch's GradScaler, without its attachments); one a row."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), 2.0**16, device=device)
-        self.steps = torch.zeros((), dtype=torch.int32, device=device)  # since it last changed
-        self.skipped = torch.zeros((), device=device)  # steps whose gradients were not finite
+    def __init__(self, device: torch.device, rows: tuple[int, ...] = ()) -> None:
+        self.scale = torch.full(rows, 2.0**16, device=device)
+        self.steps = torch.zeros(rows, dtype=torch.int32, device=device)  # since it last changed
+        self.skipped = torch.zeros(rows, device=device)  # steps whose gradients were not finite
 
     def reset(self) -> None:
         """Begin anew, for another client or round: what the one before needed says nothing that a resumed run knew."""
@@ -45,7 +45,15 @@ class Scale:
     def update(self, found_inf: Tensor) -> None:
         """Halve it after a step that was skipped, double it after 2000 that were not."""
         self.skipped += found_inf
-        torch._amp_update_scale_(self.scale, self.steps, found_inf, 2.0, 0.5, 2000)
+        if not self.scale.ndim:
+            torch._amp_update_scale_(self.scale, self.steps, found_inf, 2.0, 0.5, 2000)
+            return
+        skipped, doubled = found_inf != 0, self.scale * 2
+        self.steps.add_(1).masked_fill_(skipped, 0)
+        due = self.steps == 2000
+        self.steps.masked_fill_(due, 0)
+        grown = doubled.where(due & doubled.isfinite(), self.scale)
+        self.scale.copy_((self.scale / 2).where(skipped, grown))
 
 
 class Flat:

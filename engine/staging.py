@@ -1,17 +1,19 @@
 """Blocks on their way between memory and files: a thread writes, another reads ahead, both behind the caller."""
 
 import errno
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fedmoe.engine.blocks import Block, Buffer, Pool
+from fedmoe.engine.blocks import Block, Buffer, Pool, Tier, copy
 
 WRITES = 2  # on their way to files at once: one being written, one being copied from the device meanwhile
 READS = 2  # read ahead at once, unless more are asked for: the one that is about to be loaded, and the next
@@ -199,6 +201,32 @@ class Staging:
             path.unlink()
         with suppress(OSError):  # it is not there, or holds what is not ours
             self._folder.rmdir()
+
+
+def copied(
+    block: Block, lock: threading.Condition, pools: Mapping[Tier, Pool], stream: torch.cuda.Stream | None
+) -> Tensor:  # uint8 [n] on the CPU
+    """The block's bytes, wherever they are; on any thread, with `lock` held where that is looked up."""
+    with lock:
+        buffer, pool = block.buffer, pools[block.tier]
+        if buffer is not None:
+            last = buffer.last
+            pool.lend(buffer)
+        else:
+            assert block.path is not None
+            file = block.path.open("rb")  # once open, its bytes outlive its name
+    if buffer is None:
+        with file:
+            data = torch.empty(block.size, dtype=torch.uint8)
+            fill(data, file)
+        return data
+    try:
+        data = torch.empty(block.size, dtype=torch.uint8)
+        # A buffer of its own, so that `last`, which the other thread sets meanwhile, is left alone.
+        copy(buffer.data, data, stream, Buffer(buffer.data, last)).synchronize()
+    finally:
+        pool.give_back(buffer)
+    return data
 
 
 def _remove(path: Path) -> None:

@@ -208,7 +208,7 @@ class Store:
 
         def read() -> Tensor:
             try:
-                return self._read(block)
+                return staging.copied(block, self._lock, self._pools, self._aside)
             finally:
                 with self._lock:
                     block.readers -= 1
@@ -218,28 +218,6 @@ class Store:
     def read(self, id: int) -> Tensor:  # uint8 [n], on the CPU
         """A copy of the client's committed version, whatever else goes on. For any thread; blocks the host."""
         return self.snapshot(id)()
-
-    def _read(self, block: Block) -> Tensor:
-        with self._lock:
-            buffer, pool = block.buffer, self._pools[block.tier]
-            if buffer is not None:
-                last = buffer.last
-                pool.lend(buffer)
-            else:
-                assert block.path is not None
-                file = block.path.open("rb")  # once open, its bytes outlive its name
-        if buffer is None:
-            with file:
-                copied = torch.empty(block.size, dtype=torch.uint8)
-                staging.fill(copied, file)
-            return copied
-        try:
-            copied = torch.empty(block.size, dtype=torch.uint8)
-            # A buffer of its own, so that `last`, which the other thread sets meanwhile, is left alone.
-            blocks.copy(buffer.data, copied, self._aside, Buffer(buffer.data, last)).synchronize()
-        finally:
-            pool.give_back(buffer)
-        return copied
 
     def close(self) -> None:
         """Free all memory and remove the files; no state is left."""

@@ -19,6 +19,7 @@ from fedmoe.engine import units
 from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.lane import Lane
+from fedmoe.engine.optimizers import Scale
 from fedmoe.engine.seam import Interrupted, Job
 from fedmoe.engine.step import How
 from fedmoe.engine.units import grouped
@@ -106,11 +107,32 @@ def test_bf16_is_near_too(ragged: Config, tmp_path: Path) -> None:
     assert 1e-5 < by_ours < 2 * by_theirs  # lower precision it is, but no lower than alone
 
 
-def test_fp16_trains_alone_and_says_so(ragged: Config, tmp_path: Path) -> None:
-    run, jobs, how = begin(ragged, tmp_path / "run"), jobs_of(ragged, 0, 1), How(precision="fp16", optimizer="flat")
-    with pytest.warns(UserWarning, match="'cnn-5' train alone: a cohort has no loss scale"):
-        ours = trained(ragged, run, jobs, how, cohort=2)
-    assert_same(ours, trained(ragged, run, jobs, how))
+@pytest.mark.parametrize("scale", [16, 40])
+def test_fp16_scales_the_loss_of_each_client(
+    ragged: Config, tmp_path: Path, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the scale that all begin with, and from one that overflows; one client alone ends up in infinity."""
+    run, jobs, how = begin(ragged, tmp_path / "run"), jobs_of(ragged, 0, 1, 2), How(precision="fp16", optimizer="flat")
+    jobs[1] = replace(jobs[1], payload={"theta": theta(ragged)["theta"] * 1e4})
+    monkeypatch.setattr(Scale, "reset", lambda self: (self.scale.fill_(2.0**scale), self.skipped.zero_()))
+    ours, theirs = trained(ragged, run, jobs, how, cohort=3), trained(ragged, run, jobs, how)
+    counts = [[r.metrics["skipped"] for r in outcome.train] for outcome in (ours, theirs)]
+    assert counts[0] == counts[1] and (counts[0][0] > 0) == (scale == 40)  # type: ignore[operator]
+    assert_close(finite(ours), finite(theirs), 1e-2)
+
+
+def test_scales_of_rows_are_each_pytorchs() -> None:
+    rows, each = Scale(torch.device("cpu"), (3,)), [Scale(torch.device("cpu")) for _ in range(3)]
+    rows.scale.fill_(2.0**127)
+    for scale in each:
+        scale.scale.fill_(2.0**127)
+    for step in range(5000):
+        found = torch.tensor([0.0, float(step % 1000 == 7), float(step < 20)])
+        rows.update(found)
+        for scale, one in zip(each, found, strict=True):
+            scale.update(one)
+    for name in ("scale", "steps", "skipped"):
+        assert getattr(rows, name).tolist() == [float(getattr(scale, name)) for scale in each]
 
 
 def test_results_come_in_job_order_and_a_client_may_come_twice(config: Config, tmp_path: Path) -> None:
