@@ -36,12 +36,14 @@ def engine(
     device: str = "cpu",
     resident: bool = True,
     memory: int = 2**40,
+    device_memory: int | None = None,
     folder: str = "store",
     **more: Any,
 ) -> Iterator[DeviceEngine]:
-    """An engine over a run folder; `memory` bytes hold states before they go to files."""
+    """An engine over a run folder; `memory` bytes each of device and host hold states before they go to files."""
     on = prepare(device, 0, config.run.deterministic)
-    with Store(on, device_bytes=memory, host_bytes=memory, folder=run / folder) as store:
+    device_bytes = memory if device_memory is None else device_memory
+    with Store(on, device_bytes=device_bytes, host_bytes=memory, folder=run / folder) as store:
         yield DeviceEngine(Federation(config, run), on, store, how, resident, **more)
 
 

@@ -5,21 +5,17 @@ On a CPU this is timed for what it is, on one thread; ratios count, not seconds.
 
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from fedmoe.config import Config, Data, Federation, Partition
-from fedmoe.engine.seam import Engine, Job
+from fedmoe.config import Config
 from fedmoe.engine.step import How
 from fedmoe.profiling.bench import Absent, Bench, Call
-from fedmoe.reference import ReferenceEngine
+from tests.bench.federations import a_round, federation, plain
 from tests.engines import engine
-from tests.support import begin, theta
-from tests.test_data import picture, write
+from tests.support import begin
 
 CLIENTS = 5
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -35,41 +31,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def config(tmp_path: Path, gpu_benchmark: Bench) -> Config:
-    """Ten classes; every client has 1280 samples to train on, 20 steps, where it is timed, else 32."""
-    each = 1600 if gpu_benchmark.timed else 40
-    labels = [row % 10 for row in range(CLIENTS * each)]
-    classes = [f"class {label}" for label in range(10)]
-    pictures = [picture(row, (32, 32)) for row in range(50)]
-    write(tmp_path / "train-0.parquet", labels, [pictures[row % 50] for row in range(len(labels))], classes)
-    return Config(
-        federation=Federation(clients=CLIENTS),
-        data=Data(name=str(tmp_path)),
-        partition=Partition(kind="iid"),
-    )
-
-
-def a_round(config: Config, made: Engine) -> Call:
-    """Trains every client for an epoch, from where it is, with the theta that all began with."""
-    sent, numbers = theta(config), count(1)
-
-    def call() -> None:
-        number = next(numbers)
-        for _ in made.run("train", [Job(client, number, sent, {"epochs": 1}) for client in range(CLIENTS)]):
-            pass
-        made.commit()
-
-    return call
-
-
-def plain(config: Config, run: Path, device: torch.device, fused: bool) -> Engine:
-    """The plain loop, with PyTorch's default SGD or its fused one."""
-    made = ReferenceEngine(config, run, device)
-    for client in range(CLIENTS) if fused else ():
-        opened, t = made.client(client), config.training
-        opened.optimizer = torch.optim.SGD(
-            opened.mixture.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=True
-        )
-    return made
+    """Where it is timed, every client has 1280 samples to train on, 20 steps, else 32."""
+    return federation(tmp_path, CLIENTS, 1600 if gpu_benchmark.timed else 40)
 
 
 def test_round(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> None:

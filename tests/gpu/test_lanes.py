@@ -1,0 +1,116 @@
+"""Lanes on the device: side by side they give what one after the other gives; also with dropout, in parts, and paged."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmoe.config import Config
+from fedmoe.engine.device import prepare
+from fedmoe.engine.seam import Job, Refused
+from fedmoe.engine.step import How, Step
+from tests.engines import Outcome, assert_close, assert_same, engine, rounds
+from tests.support import begin, changed, theta
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+EAGER = How(optimizer="flat")
+ALL = How(optimizer="flat", streams=True, graphs=True)
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    prepare("cpu", 0, False)
+
+
+@pytest.fixture
+def ragged(config: Config) -> Config:
+    """Three architectures, one with dropout; clients of unequal size; the same bits each time."""
+    return changed(
+        config,
+        model={"local": ("cnn-5", "tests.test_device_engine:dropping", "cnn-4")},
+        partition={"kind": "dirichlet", "min_samples": 20},
+        federation={"epochs": 2},
+        training={"theta_momentum": "keep", "lr": 0.01},
+        run={"deterministic": True},
+    )
+
+
+def outcome(config: Config, run: Path, how: How, **options: Any) -> Outcome:
+    with engine(config, run, how, "cuda", **options) as made:
+        return rounds(config, made, run)
+
+
+@pytest.mark.parametrize("how", [EAGER, ALL, replace(ALL, precision="fp16")], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory": 0}, {"resident": False}, {"regions": 1}], ids=str)
+def test_are_one_after_the_other_bit_for_bit(ragged: Config, tmp_path: Path, how: How, options: dict[str, Any]) -> None:
+    run = begin(ragged, tmp_path / "run")
+    expected = outcome(ragged, run, how, **options)
+    for lanes in (2, 3, 5):
+        assert_same(outcome(ragged, run, how, lanes=lanes, **options), expected)
+
+
+def test_cohorts_in_lanes(ragged: Config, tmp_path: Path) -> None:
+    config = changed(ragged, model={"local": ("cnn-5", "cnn-4")})
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run, ALL, cohort=2)
+    assert_same(outcome(config, run, ALL, cohort=2, lanes=2), expected)
+    assert_same(outcome(config, run, ALL, cohort=2, lanes=2, memory=0), expected)
+
+
+def test_dropout_draws_anew_in_each_replay(ragged: Config, tmp_path: Path) -> None:
+    run = begin(ragged, tmp_path / "run")
+    eager, graphed = outcome(ragged, run, EAGER), outcome(ragged, run, replace(EAGER, graphs=True))
+    assert_close(graphed, eager, 1e-3)
+
+
+def test_a_client_that_comes_twice_in_a_row_and_one_larger_than_the_last(config: Config, tmp_path: Path) -> None:
+    """The second must come as the first went out; rooms grow while something runs."""
+    config = changed(config, model={"local": ("cnn-5", "cnn-1")}, run={"deterministic": True})
+    run = begin(config, tmp_path / "run")
+    jobs = [Job(c, 1, theta(config), {"epochs": 1}) for c in (0, 0, 2, 1, 1, 0, 3)]
+    losses = []
+    for options in ({"regions": 1}, {}, {"memory": 0}):
+        with engine(config, run, ALL, "cuda", **options) as made:  # type: ignore[arg-type]
+            losses.append([result.metrics["loss"] for result in made.run("train", jobs)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("how", [EAGER, ALL], ids=str)
+def test_out_of_memory_halves_the_batches_parts(
+    config: Config, tmp_path: Path, how: How, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run, how)
+    take = Step._take
+
+    def short(self: Step, indices: torch.Tensor) -> None:
+        if self.parts < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        take(self, indices)
+
+    monkeypatch.setattr(Step, "_take", short)
+    found = outcome(config, run, how)
+    assert {result.metrics.pop("parts") for result in found.train} == {4}
+    assert_close(found, expected, 1e-3)
+
+
+def test_a_real_lack_of_memory_is_one_line(config: Config, tmp_path: Path) -> None:
+    """Of the device's memory this process may have as much as it has, and no more."""
+    run = begin(config, tmp_path / "run")
+    with engine(config, run, ALL, "cuda") as made:
+        torch.cuda.empty_cache()
+        share = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+        try:
+            with pytest.raises(Refused, match="out of device memory"):
+                list(made.run("train", [Job(0, 1, theta(config), {"epochs": 1})]))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        made.rollback()
+        (result,) = made.run("train", [Job(0, 1, theta(config), {"epochs": 1})])
+        assert result.weight > 0
