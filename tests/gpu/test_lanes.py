@@ -1,4 +1,4 @@
-"""Lanes on the device: side by side they give what one after the other gives; also with dropout, in parts, and paged."""
+"""Lanes on the device: side by side they give what one after the other gives; dropout, parts of batches, and paging."""
 
 from collections.abc import Iterator
 from dataclasses import replace
