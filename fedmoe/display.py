@@ -38,7 +38,8 @@ class Display:
     def __init__(self, rounds: int, done: int, jobs: int) -> None:
         self.console = Output()
         self.rounds, self.jobs, self._done = rounds, jobs, done
-        self._samples, self._seconds, self._start = 0.0, 0.0, time.perf_counter()
+        self._samples, self._seconds = 0.0, 0.0
+        self._start = self._since = time.perf_counter()
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bar = Progress(
             TextColumn("round"),
@@ -64,20 +65,23 @@ class Display:
 
     def trained(self, result: Result) -> None:
         """One client of the round in hand has trained."""
-        samples, seconds = result.metrics["samples"], result.metrics["seconds"]
-        assert not isinstance(samples, list) and not isinstance(seconds, list)
-        self._samples, self._seconds = self._samples + samples, self._seconds + seconds
+        samples, now = result.metrics["samples"], time.perf_counter()
+        assert not isinstance(samples, list)
+        # By the clock, since clients may train side by side.
+        self._samples, self._seconds, self._since = self._samples + samples, self._seconds + now - self._since, now
         with _taken():
             self._bar.update(self._task, advance=0.9 / self.jobs, note=f"{self._accuracy}{self._rate()}")
 
     def evaluating(self, done: int, of: int) -> None:
         """`done` of the round's evaluations are done."""
+        self._since = time.perf_counter()
         if self._live:
             with _taken():
                 self._bar.update(self._task, note=f"{self._accuracy}evaluating {done}/{of}")
 
     def round(self, line: Line) -> None:
         """A round is over."""
+        self._since = time.perf_counter()
         number, accuracy = line["round"], line.get("accuracy")
         if accuracy:
             self._accuracy = f"accuracy {accuracy['mean']:.3f} "
