@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 
 MOST_GRAPHS = 64
@@ -109,11 +110,13 @@ class Replayed:
         if self._able and (graph := self._graph(order)) is not None:
             for _ in range(len(order)):
                 yield
-                graph.replay()
+                with phase("step"):
+                    graph.replay()
             return
         for indices in order.to(self._loader.device, non_blocking=True) if self._loader.resident else order:
             yield
-            self._take(indices)
+            with phase("step"):
+                self._take(indices)
 
     def drop(self) -> None:
         """Capture anew from now on."""

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Protocol
 
 PHASES = (
-    "round", "client", "transfer in", "transfer out", "batch", "global", "local", "gate", "header", "backward",
+    "round", "client", "transfer in", "transfer out", "step", "batch", "global", "local", "gate", "header", "backward",
     "optimizer", "averaging", "evaluation",
 )  # fmt: skip
 """`global`, `local` and `gate` are the branches of FedMoE's program; another program's are named as it names them."""

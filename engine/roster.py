@@ -1,7 +1,7 @@
 """Every client that an engine has heard of: what it must know of it, and where its state lies in a block."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -32,6 +32,9 @@ class Roster:
             self._members[client] = member
         member = self._members[client]
         return member, self._layouts[member.architecture]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._members)
 
     def trainable(self, client: int) -> int:
         """The client's trainable parameters."""

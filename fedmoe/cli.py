@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-        if rest and args.command not in ("train", "plan"):
+        if rest and args.command not in ("train", "plan", "profile"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(args, rest)
     try:
@@ -102,6 +102,13 @@ def _parser() -> Parser:
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(act=_plan)
 
+    profile = commands.add_parser("profile", help="measure some rounds: where their time goes", add_help=False)
+    profile.add_argument("--rounds", type=int, default=3)
+    profile.add_argument("--warmup", type=int, default=1)
+    profile.add_argument("--out", type=Path)
+    profile.add_argument("--json", action="store_true")
+    profile.set_defaults(act=_profile)
+
     bench = commands.add_parser("bench", help="time the kernels against what else there is")
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="only this suite: kernels")
     bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
@@ -128,6 +135,18 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
     from fedmoe import planning
 
     planning.run(config, args.json)
+
+
+def _profile(args: argparse.Namespace, rest: list[str]) -> None:
+    config = _config(
+        rest,
+        "profile",
+        "Measure some rounds of a federation and say where their time goes. `--rounds 3`: how many, each once more "
+        "observed; `--warmup 1`: rounds before; `--out`: a folder for page, JSON and trace; `--json`: print the JSON.",
+    )
+    from fedmoe import profiler
+
+    profiler.run(config, args.rounds, args.warmup, args.out, args.json)
 
 
 def _config(words: list[str], command: str, does: str) -> "Config":

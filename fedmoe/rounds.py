@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import torch
 
@@ -57,8 +58,8 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
         held_up = 0.0  # seconds that checkpoints held training up since the line before
         try:
             for number in range(done + 1, rounds + 1):
-                with phase("round"), _disk(hint):  # states may be in files
-                    line, theta = _round(config, server, engine, number, display)
+                with _disk(hint):  # states may be in files
+                    line, theta = take_round(config, server, engine, number, display)
                 engine.commit()
                 server.theta, done = theta, number
                 line["seconds"]["checkpoint"] = held_up
@@ -119,8 +120,23 @@ def evaluation(
     return line
 
 
-def _round(config: Config, server: Server, engine: Engine, number: int, display: Display) -> tuple[Line, Payload]:
-    """Round `number`: its line of metrics and the new theta."""
+class Watcher(Protocol):
+    """Hears how a round gets on."""
+
+    def trained(self, result: Result) -> None:
+        """One of its clients has trained."""
+
+    def evaluating(self, done: int, of: int) -> None:
+        """`done` of its evaluations are done."""
+
+
+def take_round(config: Config, server: Server, engine: Engine, number: int, watcher: Watcher) -> tuple[Line, Payload]:
+    """Round `number`: its line of metrics and the new theta; neither server nor clients keep what came of it yet."""
+    with phase("round"):
+        return _round(config, server, engine, number, watcher)
+
+
+def _round(config: Config, server: Server, engine: Engine, number: int, display: Watcher) -> tuple[Line, Payload]:
     start = time.perf_counter()
     results = []
     for result in engine.run("train", server.jobs(number)):

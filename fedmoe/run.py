@@ -31,10 +31,21 @@ FREE = ("run.dir", "run.device", "run.threads", "federation.rounds", "data.name"
 
 def train(config: Config) -> Path:
     """Start a run, take it through its rounds, return its folder; until every check has passed nothing is written."""
+    run = Path(config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")).expanduser()
+    with started(config, run) as (config, device):
+        _finish(config, run, device)
+    return run
+
+
+@contextlib.contextmanager
+def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
+    """A new run in folder `run`, within the block for this process alone; its configuration and device.
+
+    Raises UserError for what cannot be trained; until every check has passed nothing is written.
+    """
     configfile.check(config)
     for line in configfile.ignored(config):
         warn(line)
-    run = Path(config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")).expanduser()
     _check_free(run)
     folder = Path(config.data.name).expanduser()
     if folder.is_dir():  # the run may be resumed from another working directory
@@ -63,8 +74,7 @@ def train(config: Config) -> Path:
         engines.write(run, plan)
         # Last: with it, the folder is a run and can be resumed.
         write_atomic(run / "config.toml", configfile.save(config))
-        _finish(config, run, device)
-    return run
+        yield config, device
 
 
 def resume(run: Path, rounds: int | None) -> None:

@@ -48,4 +48,5 @@ def test_a_round_on_the_engine_is_marked(config: Config, tmp_path: Path) -> None
     assert count["global"] == count["local"] == count["gate"] > steps  # evaluation, too
     client = heard.all.index("+client")
     step = ["batch", "global", "local", "gate", "header", "backward", "optimizer"]
-    assert heard.all[client + 1 :][: 2 * len(step)] == [f"{sign}{name}" for name in step for sign in "+-"]
+    expected = ["+step", *(f"{sign}{name}" for name in step for sign in "+-"), "-step"]
+    assert heard.all[client + 1 :][: len(expected)] == expected

@@ -1,0 +1,221 @@
+"""A profile: what a federation's rounds took, where it went, what the hardware could do; plain numbers, as JSON."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fedmoe.profiling.roofline import Ceilings, Point
+from fedmoe.profiling.spans import ELSEWHERE, Recorder, covered, overlap
+
+BRANCHES = ("global", "local")
+"""The experts, whose overlap is of interest."""
+IN_STEP = ("batch", *BRANCHES, "gate", "header", "backward", "optimizer")
+"""Phases inside a step: in a replayed graph the host hears nothing of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One measured round, without observers."""
+
+    seconds: float
+    train_seconds: float
+    evaluate_seconds: float
+    samples: int
+    """Trained on."""
+    flops: float
+    """Of training, as counted for matrix products and convolutions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A phase, over all observed rounds."""
+
+    phase: str
+    count: int
+    seconds: float
+    """On the host, exclusive of what is within: the values of all ranges add up to the rounds."""
+    share: float
+    """Of the rounds."""
+    device_seconds: float | None
+    """On the device, inclusive, streams added up; None on a CPU, and for what no event was recorded for."""
+    source: Literal["host", "events", "uncaptured"]
+    """Host's clock; also CUDA events; or, of a phase inside replayed graphs, both of a run without graphs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """What the device did in the observed rounds."""
+
+    busy: float
+    """Share of the time in which a step ran on some stream."""
+    overlap: float | None
+    """Share of the shorter expert's time in which the other ran, too; None where they did not run apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """States of clients on their way, in the observed rounds."""
+
+    bytes: dict[str, int]
+    """By tier and direction, as `host in`: from host memory to the device."""
+    seconds: float
+    """In which training waited for them: on a GPU on the device's clock, else on the host's."""
+    file_seconds: float
+    """Of the host, waiting for files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """One use of memory."""
+
+    what: str
+    bytes: int
+    where: Literal["device", "host", "files"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """What a step takes with another batch size."""
+
+    size: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Samples a second."""
+        return self.size / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know, in words, with its figures."""
+
+    name: str
+    text: str
+    share: float
+    """Of the time that it is about, for sorting."""
+    figures: dict[str, float]
+
+
+@dataclass(kw_only=True, slots=True)
+class Profile:
+    """All that was measured. What is not known on this machine is None or missing, never 0."""
+
+    title: str
+    environment: dict[str, Any]
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    rounds: list[Round]
+    observed_seconds: list[float]
+    """Of rounds with observers: how much more they take is what observing costs."""
+    steps: list[float]
+    """Seconds of training steps in the observed rounds: on a GPU on the device."""
+    ranges: list[Range]
+    device: DeviceUse | None
+    transfers: Transfers
+    memory: list[Memory]
+    meters: dict[str, Any]
+    """Summaries by quantity, over the measured rounds."""
+    missing: dict[str, str]
+    """Quantities that no meter gives, and why."""
+    roof: Ceilings
+    operators: list[Point]
+    """Of a training step of each architecture, taken operator by operator; those that took most first."""
+    batches: list[BatchSize]
+    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def round_seconds(self) -> float:
+        """Median of the measured rounds."""
+        return statistics.median(r.seconds for r in self.rounds)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Median over rounds, while training."""
+        return statistics.median(r.samples / r.train_seconds for r in self.rounds)
+
+    @property
+    def flops_per_second(self) -> float:
+        """Likewise."""
+        return statistics.median(r.flops / r.train_seconds for r in self.rounds)
+
+    @property
+    def observing(self) -> float:
+        """What observers cost, as a share of the round."""
+        return statistics.median(self.observed_seconds) / self.round_seconds - 1
+
+    def share(self, *phases: str) -> float:
+        """Of the observed rounds, exclusive."""
+        return sum(r.share for r in self.ranges if r.phase in phases)
+
+    def to_json(self) -> str:
+        """All of it, and what follows from it."""
+        steps = quantiles(self.steps)
+        made = {
+            "round_seconds": self.round_seconds,
+            "samples_per_second": self.samples_per_second,
+            "flops_per_second": self.flops_per_second,
+            "of_ceiling": self.flops_per_second / self.roof.flops_per_second,
+            "step_seconds": {"p50": steps[0], "p95": steps[1]},
+            "observing": self.observing,
+        }
+        return json.dumps(made | asdict(self), indent=1, ensure_ascii=False)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Median and 95th percentile; None of none."""
+    if len(values) < 2:
+        return (values[0], values[0]) if values else (None, None)
+    return statistics.median(values), statistics.quantiles(values, n=20, method="inclusive")[-1]
+
+
+def ranges(recorder: Recorder, uncaptured: Recorder | None = None) -> list[Range]:
+    """What each phase took; those inside of replayed graphs are taken from `uncaptured`, a run without graphs.
+
+    The host's shares are then still those of the first: what is inside the graphs is in its `step`.
+    """
+    total = sum(seconds for phase, seconds in recorder.exclusive.items() if phase != ELSEWHERE)
+    found: list[Range] = []
+    for source, phases in ((recorder, recorder.exclusive), (uncaptured, IN_STEP)):
+        for phase in phases if source is not None else ():
+            spans = [span for span in source.spans if span.phase == phase]  # type: ignore[union-attr]
+            if phase == ELSEWHERE or not spans or phase in (r.phase for r in found):
+                continue
+            on_device = [end - start for start, end in (span.device for span in spans if span.device)]
+            own = source is recorder
+            seconds = recorder.exclusive[phase] if own else 0.0
+            found.append(
+                Range(
+                    phase,
+                    len(spans),
+                    seconds,
+                    seconds / total,
+                    sum(on_device) if on_device else None,
+                    "uncaptured" if not own else "events" if on_device else "host",
+                )
+            )
+    return sorted(found, key=lambda r: (-r.seconds, -(r.device_seconds or 0)))
+
+
+def step_seconds(recorder: Recorder) -> list[float]:
+    """Of training, not of evaluation; on the device where that is known."""
+    steps = [span for span in recorder.spans if span.phase == "step" and "evaluation" not in span.within]
+    return [span.device[1] - span.device[0] if span.device else span.seconds for span in steps]
+
+
+def device_use(recorder: Recorder, uncaptured: Recorder | None = None) -> DeviceUse | None:
+    """Of a GPU; None without one."""
+    rounds = [span.device for span in recorder.spans if span.phase == "round" and span.device]
+    if not rounds:
+        return None
+    steps = [span.device for span in recorder.spans if span.phase == "step" and span.device]
+    source = uncaptured or recorder
+    both = [[s.device for s in source.spans if s.phase == name and s.device] for name in BRANCHES]
+    shorter = min(map(covered, both))
+    return DeviceUse(
+        busy=covered(steps) / sum(end - start for start, end in rounds),
+        overlap=overlap(*both) / shorter if shorter else None,
+    )
