@@ -225,18 +225,19 @@ def gist(console: Console, profile: Profile) -> None:
     for i in range(1, 5):
         table.columns[i].justify = "right"
     for r in profile.ranges:
-        device = "" if r.device_seconds is None else f"{1e3 * r.device_seconds:,.1f} ms"
-        time_ = "" if r.source == "uncaptured" else f"{1e3 * r.seconds:,.1f} ms"
-        share = "" if r.source == "uncaptured" else f"{r.share:.1%}"
-        table.add_row(r.phase, str(r.count), time_, share, device, r.source)
+        inside = r.source == "uncaptured"  # of a graph, where the host is not
+        own = ["", ""] if inside else [f"{1e3 * r.seconds:,.1f} ms", f"{r.share:.1%}"]
+        on_device = "" if r.device_seconds is None else f"{1e3 * r.device_seconds:,.1f} ms"
+        table.add_row(r.phase, str(r.count), *own, on_device, r.source)
     console.print(table)
     p50, p95 = profiles.quantiles(profile.steps)
+    share = profile.flops_per_second / profile.roof.flops_per_second
     lines = [
         f"round {profile.round_seconds:,.3f} s (median of {len(profile.rounds)}); observing costs "
         f"{profile.observing:+.1%}",
         f"{profile.samples_per_second:,.0f} samples/s while training",
-        f"{profile.flops_per_second / 1e9:,.1f} GFLOP/s, {profile.flops_per_second / profile.roof.flops_per_second:.0%} "
-        f"of the {profile.roof.flops_per_second / 1e9:,.0f} that a large product reaches",
+        f"{profile.flops_per_second / 1e9:,.1f} GFLOP/s, {share:.0%} of the "
+        f"{profile.roof.flops_per_second / 1e9:,.0f} that a large product reaches",
     ]
     if p50 is not None and p95 is not None:
         lines.append(f"a training step takes {1e3 * p50:,.2f} ms (p50), {1e3 * p95:,.2f} ms (p95)")
