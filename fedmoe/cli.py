@@ -103,10 +103,11 @@ def _parser() -> Parser:
     plan.set_defaults(act=_plan)
 
     profile = commands.add_parser("profile", help="measure some rounds: where their time goes", add_help=False)
-    profile.add_argument("--rounds", type=int, default=3)
+    profile.add_argument("--rounds", type=int)
     profile.add_argument("--warmup", type=int, default=1)
     profile.add_argument("--out", type=Path)
     profile.add_argument("--json", action="store_true")
+    profile.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
     profile.set_defaults(act=_profile)
 
     bench = commands.add_parser("bench", help="time the kernels against what else there is")
@@ -138,15 +139,23 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _profile(args: argparse.Namespace, rest: list[str]) -> None:
-    config = _config(
-        rest,
-        "profile",
+    does = (
         "Measure some rounds of a federation and say where their time goes. `--rounds 3`: how many, each once more "
-        "observed; `--warmup 1`: rounds before; `--out`: a folder for page, JSON and trace; `--json`: print the JSON.",
+        "observed; `--warmup 1`: rounds before; `--out`: a folder for page, JSON and trace; `--json`: print the JSON. "
+        "`--compare A.toml B.toml`: rounds of both in turns (`--rounds 10`), and which differences exceed the noise."
     )
-    from fedmoe import profiler
+    if args.compare is None:
+        config = _config(rest, "profile", does)
+        from fedmoe import profiler
 
-    profiler.run(config, args.rounds, args.warmup, args.out, args.json)
+        profiler.run(config, 3 if args.rounds is None else args.rounds, args.warmup, args.out, args.json)
+        return
+    if args.out or (rest and not rest[0].startswith("-")):
+        raise UsageError("--compare takes two configuration files, options for both, and no --out")
+    first, second = (_config([str(path), *rest], "profile", does) for path in args.compare)
+    from fedmoe import comparison
+
+    comparison.run((first, second), 10 if args.rounds is None else args.rounds, args.warmup, args.json)
 
 
 def _config(words: list[str], command: str, does: str) -> "Config":

@@ -136,7 +136,8 @@ def invented(**changes: Any) -> Profile:
     """A run on a GPU with nothing to say of it."""
     made = Profile(
         title="", environment={}, plan={"streams": True, "data": "device"}, config={},
-        rounds=[Round(1.0, 0.9, 0.1, 1000, 1e9)], observed_seconds=[1.0], steps=[0.1] * 9, ranges=[Range("step", 9, 0.97, 0.97, 0.9, "events")],
+        rounds=[Round(1.0, 0.9, 0.1, 1000, 1e9)], observed_seconds=[1.0],
+        steps=[0.1] * 9, ranges=[Range("step", 9, 0.97, 0.97, 0.9, "events")],
         device=DeviceUse(0.95, 0.8), transfers=Transfers({"host in": 10**6}, 0.0, 0.0), memory=[],
         meters={}, missing={},
         roof=Ceilings(1e12, 1e13), operators=[], batches=[BatchSize(64, 0.1), BatchSize(128, 0.19)],
