@@ -116,11 +116,6 @@ class Cohort:
         every = torch.arange(max(map(len, orders)))
         return self._replayed.run(torch.stack([order[every.clamp(max=len(order) - 1)] for order in orders], dim=1))
 
-    def finite(self, names: Sequence[str]) -> Tensor:
-        """Bool [names, K]: whether these tensors of the state, named `model/...`, are finite, client by client."""
-        tensors = [self.layout.entries[name].of(self.blocks) for name in names]
-        return torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors])
-
     def _restart(self) -> None:
         """What steps use, but the blocks do not hold, as it is before the first step."""
         for segment in self._segments:
@@ -221,6 +216,8 @@ def cohort_supported(program: Program, layout: Layout, loader: Loader, how: How)
             cohort.begin([1, 1])
             for _ in cohort.steps([torch.zeros(1, 2, dtype=torch.int64)] * 2):
                 pass
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # what vmap says of operators and control flow it lacks
         return False, f"its modules do not run under torch.func.vmap: {type(error).__name__}: {error}".splitlines()[0]
     return True, ""

@@ -63,13 +63,17 @@ class DeviceEngine:
         streams = [torch.cuda.Stream(device) if several else None for _ in range(lanes)]
         self.lanes = [Lane(self.site, number, rooms, stream) for number, stream in enumerate(streams)]
         self._changed: set[int] = set()
+        self._running = False
 
     def run(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[Result]:
         """Yield a result for every job, in job order. Raises ValueError where a payload does not fit its client.
 
         Where one lane fails, the others finish what they have begun, and results are yielded before the error is
-        raised, without those that are missing.
+        raised, without those that are missing. One run at a time: begin the next when all results were taken.
         """
+        if self._running:
+            raise ValueError("another run is under way on this engine: take all its results, or close it")
+        self._running = True
         done: dict[int, Result] = {}
         given = 0
         try:
@@ -84,6 +88,8 @@ class DeviceEngine:
             for place in sorted(done):
                 yield done[place]
             raise
+        finally:
+            self._running = False
 
     def commit(self) -> None:
         """Keep the state of every client trained since the last commit."""
@@ -108,6 +114,8 @@ class DeviceEngine:
     def _results(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
         """Results as they come, with the job's place."""
         units = self.site.units
+        for job in jobs if units.opens_all else ():
+            self._look_up(job.client)
         shared = units.shared(kind, jobs)
         self.store.expect([client for unit in units.in_time(kind, shared) for client in unit.clients])
         at_work = [_Work(lane, lane.work(kind, own)) for lane, own in zip(self.lanes, shared, strict=True) if own]
@@ -124,7 +132,7 @@ class DeviceEngine:
                 try:
                     ended, result = self._turn(work, alone=not queue)
                 except Interrupted:
-                    raise
+                    raise Interrupted from failure
                 except Exception as error:
                     failure, self.site.failed = failure or error, True
                     continue
@@ -137,6 +145,12 @@ class DeviceEngine:
                 work.turns.close()
         if failure is not None:
             raise failure
+
+    def _look_up(self, client: int) -> None:
+        """Open the client, unless the engine was asked to stop: there may be many."""
+        if self.site.stop.is_set():
+            raise Interrupted
+        self.site.roster[client]
 
     def _turn(self, work: _Work, alone: bool) -> tuple[bool, tuple[int, Result] | None]:
         """Let the lane do some steps, up to a result or what it must wait for: whether it has ended, and the result."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
+from fedmoe.engine.seeds import host_kept, renew_gpu_state
 
 MOST_GRAPHS = 64
 """Of a track; of more, the least recently used is dropped."""
@@ -52,6 +53,9 @@ class Track:
         """Drop the owner's graphs, or all; none of them may still run."""
         for key in [key for key in self._kept if owner in (None, key[0])]:
             del self._kept[key]
+        if self.graphs and not self._kept:
+            # PyTorch refuses a pool whose last graph has gone while tensors in it live on, as a library's gradients do.
+            self._pool = torch.cuda.graph_pool_handle()
 
     def captured(
         self, step: Callable[[], None], changing: Sequence[Tensor], restart: Callable[[], None]
@@ -62,15 +66,23 @@ class Track:
         assert side is not None
         side.wait_stream(current)
         try:
-            with torch.cuda.stream(side):
-                for _ in range(3):
+            with host_kept() as drawn:
+                try:
+                    with torch.cuda.stream(side):
+                        for _ in range(3):
+                            step()
+                finally:
+                    current.wait_stream(side)
+                if drawn():
+                    raise RuntimeError("its modules draw random numbers on the host, which a graph would repeat")
+                restart()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                     step()
-            current.wait_stream(side)
-            restart()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                step()
             return graph
+        except BaseException:
+            renew_gpu_state()  # PyTorch leaves it in the state of capturing
+            raise
         finally:
             torch.cuda.set_stream(current)  # a capture that fails may leave its own
             torch.cuda.set_rng_state(random)  # or whoever makes a client capture would change its dropout

@@ -15,7 +15,7 @@ from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.graphs import Track
 from fedmoe.engine.member import Member
 from fedmoe.engine.ranges import in_lane, phase
-from fedmoe.engine.rooms import Arrival, Room, Site
+from fedmoe.engine.rooms import Arrival, Room, Site, free_unused
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Payload, Refused, Result, violations
 from fedmoe.engine.seeds import Globals, derive, generator, seed_globals
 from fedmoe.engine.step import Step, Taken
@@ -53,6 +53,8 @@ class Lane:
     def work(self, kind: Literal["train", "evaluate"], units: Sequence[Unit]) -> Turns:
         """Do the units' jobs; after another lane has failed, finish the unit in hand and no more."""
         self._sent.clear()
+        for room in self.rooms:
+            room.left = None  # what was not done to its end left it as it was
         coming: Arrival | None = None
         for i, unit in enumerate(units):
             if self._site.failed:
@@ -110,7 +112,7 @@ class Lane:
                 break
             # Here no frame holds the tensors of the step that failed any more.
             step.halve(member.batch_size, f"client {member.id}, {member.architecture}")
-            self._site.store.load(member.id, room.region, room.left).wait()
+            self._site.store.load(member.id, room.region).wait()
         more: Metrics = {"parts": step.parts}
         skipped = [] if step.scale is None else [step.scale.skipped]
         numbers, *rest = yield from self._fetched([scalars, *skipped, *packed.values()])
@@ -119,6 +121,7 @@ class Lane:
             more["skipped"] = int(rest.pop(0))
         payload = dict(zip(packed, rest, strict=True))
         taken = Taken(steps, loss, correct, bool(finite), payload)
+        room.left = self._now()
         yield unit.places[0], self._outcome(member, layout, room, 0, job, taken, start, more)
 
     def _train_together(self, unit: Unit, room: Room, meanwhile: Callable[[], None], start: float) -> Turns:
@@ -146,11 +149,13 @@ class Lane:
                 packed = [self._packed(m, layout, block) for m, block in zip(members, cohort.blocks, strict=True)]
                 fetched = [scalars, *(tensor for payload in packed for tensor in payload.values())]
         if fetched is None:
+            cohort = None  # type: ignore[assignment]  # and with it what it holds
             yield from self._train_in_halves(unit, room, meanwhile)
             return
         skipped = [] if cohort.scale is None else [cohort.scale.skipped]
         numbers, *tensors = yield from self._fetched([*fetched, *skipped])
         overflows = tensors.pop().tolist() if skipped else []
+        room.left = self._now()
         share = (time.perf_counter() - start) / len(jobs)  # their seconds add up to what the cohort took
         for row, (member, job, order) in enumerate(zip(members, jobs, orders, strict=True)):
             loss, correct, whole = numbers[:, row].tolist()
@@ -169,8 +174,7 @@ class Lane:
             warnings.warn(f"out of device memory with {count} clients together: from now on {count // 2}", stacklevel=2)
         room.clear(self._track)
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        if self._site.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_unused(self._site.device)
         most = units.cohort  # the first half may lower it again
         for i in range(0, count, most):
             start, part = time.perf_counter(), slice(i, i + most)
@@ -209,7 +213,6 @@ class Lane:
         samples = taken.steps * member.batch_size
         metrics: Metrics = {"samples": samples, "flops": samples * member.flops, "rolled_back": 0, **more}
         if not taken.whole:
-            room.left = self._now()
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return self._site.federation.outgoing("train", member, job.payload, 0, metrics)
         with phase("transfer out"):
@@ -223,8 +226,15 @@ class Lane:
         """What trains clients of this one's architecture in the room."""
         site = self._site
         if member.architecture not in room.steps:
-            arena = Arena(site.federation.program(member.id), layout, room.region, site.how.low)
-            room.steps[member.architecture] = Step(arena, site.loader, site.federation.optimizer, site.how, self._track)
+            try:
+                arena = Arena(site.federation.program(member.id), layout, room.region, site.how.low)
+                step = Step(arena, site.loader, site.federation.optimizer, site.how, self._track)
+            except torch.OutOfMemoryError:
+                raise Refused(
+                    f"client {member.id}, {member.architecture}: out of device memory for its gradients: give the "
+                    "states of clients less of it (engine.device_memory_mb)"
+                ) from None
+            room.steps[member.architecture] = step
         return room.steps[member.architecture]
 
     def _cohort(self, member: Member, layout: Layout, rows: int, room: Room) -> Cohort:

@@ -1,5 +1,6 @@
 """Rooms: regions of the device where clients' states lie while they train, and how states come into them."""
 
+import gc
 import threading
 from dataclasses import dataclass, field
 
@@ -54,7 +55,8 @@ class Room:
     def fit(self, size: int, track: Track) -> None:
         """Have a region of at least `size` bytes."""
         if len(self.region) < size:
-            self.clear(track)
+            if len(self.region):
+                self.clear(track)
             self.region = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def clear(self, track: Track) -> None:
@@ -64,6 +66,7 @@ class Room:
         self.steps, self.cohorts, self.left = {}, {}, None
         track.drop()  # the other room's, too, but it is seldom
         self.region = torch.empty(0, dtype=torch.uint8)
+        gc.collect()  # steps and their graphs know each other, and all of them the region
 
 
 class Arrival:
@@ -76,7 +79,7 @@ class Arrival:
         self._rest = unit.clients
         self._size = site.roster[self._rest[0]][1].size
         # Cohorts differ in size from round to round; a room that has to grow loses its graphs.
-        self._rows = max(len(self._rest), site.units.cohort if len(self._rest) > 1 else 1)
+        self._rows = max(len(self._rest), site.units.widest(self._rest[0]) if len(self._rest) > 1 else 1)
         self._last: Handle | None = None
         self._row = 0
         self._read_ahead()
@@ -115,3 +118,10 @@ class Arrival:
         for client in self._rest[:1]:
             self._site.roster[client]
             self._site.store.prefetch(client)
+
+
+def free_unused(device: torch.device) -> None:
+    """Give memory that nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

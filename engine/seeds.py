@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +61,31 @@ class Globals:
         finally:
             self._states = _states()
             _restore(others)
+            self._own = [gpu.graphsafe_get_state() for gpu in self._gpu]
             for gpu, their in zip(self._gpu, theirs, strict=True):
                 gpu.graphsafe_set_state(their)
+
+
+@contextmanager
+def host_kept() -> Iterator[Callable[[], bool]]:
+    """Put the host's global generators back at the end of the block; within, tell whether any has been drawn from."""
+
+    def comparable(states: tuple[Any, ...]) -> tuple[object, ...]:
+        ours, numpys, pythons = states
+        return ours.numpy().tobytes(), numpys[1].tobytes(), numpys[2:], pythons
+
+    before = _states()
+    try:
+        yield lambda: comparable(_states()) != comparable(before)
+    finally:
+        _restore(before)
+
+
+def renew_gpu_state() -> None:
+    """Have the current GPU's generator go on from where it is, but with a state that no capture knows."""
+    if torch.cuda.is_initialized():
+        gpu = torch.cuda.default_generators[torch.cuda.current_device()]
+        gpu.graphsafe_set_state(gpu.clone_state())
 
 
 def _states() -> tuple[Any, ...]:

@@ -104,16 +104,21 @@ class Step:
     def evaluate(self, samples: Tensor, size: int) -> Iterator[None]:  # int64 [n] on the CPU
         """Add up loss and hits over samples, `size` at a time, in evaluation mode; yields before each batch.
 
-        Changes nothing else; call it without gradients.
+        Changes nothing else.
         """
         self.arena.refresh()
         self.loss.zero_()
         self.correct.zero_()
         self.arena.program.modules.eval()
-        if self._evaluation.graphed:  # a graph for each shape: of batches that are not full, few
+        if self._evaluation.graphed and self._rows_are_apart():  # a graph a shape: of those not full, few
             size = min(size, -(-len(samples) // RAGGED) * RAGGED)
             return self._evaluation.run(F.pad(samples, (0, -len(samples) % size), value=-1).view(-1, size))
         return (None for batch in samples.split(size) for _ in self._evaluation.run(batch[None]))
+
+    def _rows_are_apart(self) -> bool:
+        """Whether a sample's output in evaluation is its own: some normalizations take statistics of batches there."""
+        norms = (m for m in self.arena.program.modules.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
+        return all(norm.running_mean is not None for norm in norms)
 
     def _restart(self) -> None:
         """What steps use, but the block does not hold, as it is before a client's first step."""
@@ -136,14 +141,17 @@ class Step:
         self.arena.refresh()
         program.modules.train()
         try:
-            with globals_kept(), contextlib.suppress(RuntimeError), autocast(self.device, self._how.low):
+            with globals_kept(), autocast(self.device, self._how.low):
                 program.join(program.run(x), y)[0].backward()
                 return True
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
         finally:
             self.arena.block.copy_(kept)
             for parameter in self.arena.parameters.values():
                 parameter.grad = None
-        return False
 
     def _take(self, indices: Tensor) -> None:
         self.optimizer.begin()

@@ -5,6 +5,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from fedmoe.engine.arena import Layout
 from fedmoe.engine.cohort import cohort_supported
 from fedmoe.engine.fit import LARGE
@@ -12,7 +14,7 @@ from fedmoe.engine.member import Federation
 from fedmoe.engine.program import Program
 from fedmoe.engine.roster import Roster
 from fedmoe.engine.samples import Loader
-from fedmoe.engine.seam import Job
+from fedmoe.engine.seam import Job, Refused
 from fedmoe.engine.step import How
 
 
@@ -45,7 +47,13 @@ class Units:
         """Clients together at most; lower it where memory does not suffice."""
         self._federation, self._roster, self._loader, self._how = federation, roster, loader, how
         self._programs: dict[str, Program | None] = {}  # None: cannot be batched
+        self._widest: dict[str, int] = {}  # by architecture, the most clients that went together
         self._homes: dict[str, int] = {}  # by architecture, in the order in which they came up
+
+    @property
+    def opens_all(self) -> bool:
+        """Whether all clients of a run have to be known before the first trains."""
+        return self.cohort > 1 or self._lanes > 1
 
     def shared(self, kind: Literal["train", "evaluate"], jobs: Sequence[Job]) -> list[list[Unit]]:
         """Each lane's units in order; those of all lanes together train a client in the order of its jobs."""
@@ -83,11 +91,21 @@ class Units:
         if member.architecture not in self._programs:
             program = self._federation.batchable(client)
             assert Layout.of(program) == layout
-            able, why = cohort_supported(program, layout, self._loader, self._how)
+            try:
+                able, why = cohort_supported(program, layout, self._loader, self._how)
+            except torch.OutOfMemoryError:
+                raise Refused(
+                    f"out of device memory for two clients of architecture {member.architecture!r} together: set "
+                    "engine.cohort to 1, or give the states of clients less of it (engine.device_memory_mb)"
+                ) from None
             if not able:
                 warnings.warn(f"clients of architecture {member.architecture!r} train alone: {why}", stacklevel=2)
             self._programs[member.architecture] = program if able else None
         return self._programs[member.architecture]
+
+    def widest(self, client: int) -> int:
+        """The most clients of this one's architecture that went together so far."""
+        return self._widest.get(self._roster[client][0].architecture, 1)
 
     def _one_by_one(self, places: Sequence[int], jobs: Sequence[Job]) -> list[Unit]:
         return [Unit((place,), (jobs[place],)) for place in places]
@@ -100,7 +118,9 @@ class Units:
         together, alone = [], []
         for group in grouped(keys, [job.client for job in jobs], self.cohort):
             if len(group) > 1 and self.program(jobs[group[0]].client) is not None:
-                together.append(Unit(tuple(group), tuple(jobs[place] for place in group)))
+                together.append(unit := Unit(tuple(group), tuple(jobs[place] for place in group)))
+                kind = self._roster[unit.clients[0]][0].architecture
+                self._widest[kind] = max(len(group), self._widest.get(kind, 0))
             else:
                 alone += group
         return together + self._one_by_one(sorted(alone), jobs)

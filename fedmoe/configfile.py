@@ -25,7 +25,7 @@ LARGEST = {
     "data.image_size": 4096,
     "gate.hidden": 2**20,
     "training.momentum": 0.9999,
-    "engine.lanes": 64,
+    "engine.lanes": 7,  # with up to four streams each, and the engine's own, of the 32 that PyTorch has
 }
 """Limits below the general ones, 2**31 - 1 for whole numbers and 1e6 for others: more cannot be meant."""
 

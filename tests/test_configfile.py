@@ -125,7 +125,7 @@ def test_bad_option(words: list[str], complaint: str) -> None:
         ("data", "name", ""),
         ("gate", "norm", "bach"),
         ("data", "std", 0.0),
-        ("engine", "lanes", 65),
+        ("engine", "lanes", 8),
         ("engine", "cohort", -1),
         ("engine", "device_memory_mb", -1),
         ("engine", "host_memory_mb", -1),

@@ -1,9 +1,11 @@
 """Lanes, and graphs as a CPU can imitate them: what is done side by side is what is done one after the other."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from fedmoe.config import Config
 from fedmoe.engine import device_engine, graphs, units
+from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.fit import LARGE
 from fedmoe.engine.lane import Lane
 from fedmoe.engine.ranges import observed
@@ -263,3 +266,107 @@ def test_a_step_that_cannot_be_captured_is_taken_by_itself(
     monkeypatch.setattr(graphs.Track, "captured", refused)
     with pytest.warns(UserWarning, match="no CUDA graph of this step: operation not permitted [a-z ]*capturing$"):
         assert_close(outcome(config, run, How(graphs=True)), expected, 1e-6)
+
+
+def refusing(number: int) -> Any:
+    """A step that is refused when it is taken for the time of this number, from 0."""
+    take, taken = Step._take, count()
+
+    def made(self: Step, indices: torch.Tensor) -> None:
+        take(self, indices)
+        if next(taken) == number:
+            raise RuntimeError("not permitted")
+
+    return made
+
+
+def test_a_capture_that_fails_leaves_all_as_it_was_and_is_told(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the warm-up, and in what only a capture refuses; also of modules whose numbers come from the host."""
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run)
+    for fails in (0, 2, 3):
+        imitate(monkeypatch)
+        monkeypatch.setattr(Step, "_take", refusing(fails))
+        with pytest.warns(UserWarning, match="no CUDA graph of this step: not permitted"):
+            found = outcome(config, run, How(graphs=True))
+        assert_same(found._replace(evaluated=[]), expected._replace(evaluated=[]))
+        monkeypatch.undo()
+    config = changed(config, model={"local": ("tests.test_device_engine:dropping",)})
+    run = begin(config, tmp_path / "dropping")
+    expected = outcome(config, run)
+    imitate(monkeypatch)
+    with pytest.warns(UserWarning, match="draws? random numbers on the host"):
+        found = outcome(config, run, How(graphs=True))
+    assert_same(found._replace(evaluated=[]), expected._replace(evaluated=[]))
+
+
+def test_batches_that_are_filled_up_disturb_no_statistics(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(config, model={"local": ("tests.test_lanes:without_estimates",)})
+    run = begin(config, tmp_path / "run")
+    expected = outcome(config, run)
+    imitate(monkeypatch)
+    assert_same(outcome(config, run, How(graphs=True)), expected)
+
+
+def without_estimates(shape: tuple[int, int, int], classes: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    nn = torch.nn
+    width = shape[0] * shape[1] * shape[2]
+    norm = nn.BatchNorm1d(50, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, 50), norm), nn.Linear(50, classes)
+
+
+def test_one_run_at_a_time(config: Config, tmp_path: Path) -> None:
+    run, jobs = begin(config, tmp_path / "run"), jobs_of(config, 0, 1, 2)
+    with engine(config, run, How()) as made:
+        results = made.run("train", jobs)
+        next(results)
+        with pytest.raises(
+            ValueError, match="another run is under way on this engine: take all its results, or close it"
+        ):
+            list(made.run("evaluate", jobs))
+        assert len(list(results)) == 2
+        made.rollback()
+        abandoned = made.run("train", jobs)
+        next(abandoned)
+        abandoned.close()  # type: ignore[attr-defined]
+        made.rollback()
+        expected = list(made.run("train", jobs))
+        made.rollback()
+        assert [r.metrics["loss"] for r in made.run("train", jobs)] == [r.metrics["loss"] for r in expected]
+
+
+def test_rooms_are_as_wide_as_what_goes_together(config: Config, tmp_path: Path) -> None:
+    config = changed(config, model={"local": ("cnn-1", "cnn-5", "cnn-5", "cnn-5")}, federation={"clients": 8})
+    run = begin(config, tmp_path / "run")
+    with engine(config, run, How(), cohort=6) as made:
+        list(made.run("train", jobs_of(config, *range(8))))
+        sizes = {made.site.roster[client][0].architecture: made.site.roster[client][1].size for client in range(8)}
+        assert len(made.lanes[0].rooms[0].region) == max(2 * sizes["cnn-1"], 6 * sizes["cnn-5"])
+
+
+def test_a_cohort_that_did_not_fit_is_gone_before_its_halves_come(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(config, model={"local": ("cnn-5",)})
+    run, made_ = begin(config, tmp_path / "run"), []
+    take, init, halves = Cohort._take, Cohort.__init__, []
+
+    def watched(self: Cohort, *given: Any) -> None:
+        made_.append(weakref.ref(self))
+        init(self, *given)
+
+    def short(self: Cohort, indices: torch.Tensor) -> None:
+        take(self, indices)
+        if self.rows == 4:
+            raise torch.OutOfMemoryError
+        halves.append([cohort.rows == 4 for cohort in (reference() for reference in made_) if cohort is not None])
+
+    monkeypatch.setattr(Cohort, "__init__", watched)
+    monkeypatch.setattr(Cohort, "_take", short)
+    with engine(config, run, How(), cohort=4) as made, pytest.warns(UserWarning, match="with 4 clients together"):
+        list(made.run("train", jobs_of(config, 0, 1, 2, 3)))
+    assert len(made_) == 3 and not any(any(alive) for alive in halves)  # one of a trial

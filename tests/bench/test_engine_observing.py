@@ -29,7 +29,10 @@ def test_observing(gpu_benchmark: Bench, tmp_path: Path) -> None:
 
             return call
 
-        observers = {"a recorder of spans": Recorder(bench.device), "annotations": Annotations()}
+        observers: dict[str, Recorder | Annotations] = {
+            "a recorder of spans": Recorder(bench.device),
+            "annotations": Annotations(),
+        }
         bench({"unobserved": a_whole} | {name: by(observer) for name, observer in observers.items()})
 
 

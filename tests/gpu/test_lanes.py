@@ -1,5 +1,6 @@
 """Lanes on the device: side by side they give what one after the other gives; dropout, parts of batches, and paging."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +115,54 @@ def test_a_real_lack_of_memory_is_one_line(config: Config, tmp_path: Path) -> No
         made.rollback()
         (result,) = made.run("train", [Job(0, 1, theta(config), {"epochs": 1})])
         assert result.weight > 0
+
+
+def test_a_client_rolled_back_last_does_not_let_the_next_come_too_soon(ragged: Config, tmp_path: Path) -> None:
+    """The others of its cohort are still going out; all states are on the host, so what comes in is fast."""
+    config = changed(ragged, model={"local": ("cnn-5",)}, partition={"kind": "iid"})
+    run = begin(config, tmp_path / "run")
+    jobs = [Job(client, 1, theta(config), {"epochs": 1}) for client in (0, 1, 2, 3)]
+    jobs[1] = replace(jobs[1], payload={"theta": torch.full_like(theta(config)["theta"], torch.inf)})
+    states = []
+    for memory in (2**40, 0):
+        with engine(config, run, ALL, "cuda", cohort=2, regions=1, device_memory=memory) as made:
+            for _ in range(20):
+                list(made.run("train", jobs))
+            made.commit()
+            states.append({client: state() for client, state in made.changed().items()})
+    assert sorted(states[0]) == sorted(states[1]) == [0, 2, 3]
+    assert all(torch.equal(t, states[1][c][name]) for c, state in states[0].items() for name, t in state.items())
+
+
+@pytest.mark.parametrize("optimizer", ["flat", "torch"])
+def test_a_run_that_was_given_up_leaves_nothing_behind(config: Config, tmp_path: Path, optimizer: str) -> None:
+    """And graphs are captured anew where a room has to grow, whatever still lies in their memory."""
+    config = changed(config, model={"local": ("cnn-5", "cnn-1")}, run={"deterministic": True})
+    run, how = begin(config, tmp_path / "run"), replace(ALL, optimizer=optimizer)
+    jobs = [Job(client, 1, theta(config), {"epochs": 2}) for client in (0, 2, 1, 3, 4)]
+    with engine(config, run, how, "cuda") as made, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given_up = made.run("train", jobs)
+        next(given_up)
+        given_up.close()  # type: ignore[attr-defined]
+        made.rollback()
+        losses = [result.metrics["loss"] for result in made.run("train", jobs)]
+    with engine(config, run, how, "cuda") as fresh:
+        assert losses == [result.metrics["loss"] for result in fresh.run("train", jobs)]
+
+
+def test_a_capture_that_fails_leaves_dropout_as_it_was(
+    ragged: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(ragged, tmp_path / "run")
+    expected = outcome(ragged, run, EAGER)
+    take = Step._take
+
+    def waiting(self: Step, indices: torch.Tensor) -> None:
+        take(self, indices)
+        if torch.cuda.is_current_stream_capturing():
+            self.loss.item()
+
+    monkeypatch.setattr(Step, "_take", waiting)
+    with pytest.warns(UserWarning, match="no CUDA graph of this step"):
+        assert_close(outcome(ragged, run, replace(EAGER, graphs=True)), expected, 1e-3)
