@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from fedmoe.metrics import Line
 from fedmoe.profiling import findings, probe, trace
 from fedmoe.profiling import profile as profiles
 from fedmoe.profiling.environment import environment
-from fedmoe.profiling.profile import Memory, Profile, Round, Transfers
+from fedmoe.profiling.host import HostMeter
+from fedmoe.profiling.nvml import NvmlMeter
+from fedmoe.profiling.profile import Energy, Memory, Profile, Round, Transfers
 from fedmoe.profiling.roofline import measured, points
+from fedmoe.profiling.sampler import Meter, Sampler
 from fedmoe.profiling.spans import Recorder
 from fedmoe.rounds import take_round
 from fedmoe.run import started
@@ -78,29 +81,30 @@ def subject(config: Config, folder: Path, graphs: bool | None = None) -> Iterato
         yield Subject(config, device, engine, checkpoint.load(folder, checkpoint.read_manifest(folder).server))
 
 
-def take(config: Config, folder: Path, rounds: int, warmup: int, progress: Progress) -> tuple[Profile, Recorder]:
+@dataclass(slots=True)
+class Taken:
+    """What was measured of the rounds themselves."""
+
+    plain: list[Line]
+    """Of rounds without observers."""
+    seen: list[Line]
+    """Of those with."""
+    recorder: Recorder
+    transfers: Transfers
+    """Of those with."""
+    meters: dict[str, Any]
+    """The sampler's summary, of all."""
+    series: dict[str, trace.Series]
+
+
+def take(config: Config, folder: Path, rounds: int, warmup: int, progress: Progress) -> tuple[Profile, Taken]:
     """Profile `rounds` rounds, each once without and once with observers, after `warmup` of them."""
-    notes: list[str] = []
+    task = progress.add_task("warming up", total=warmup + 2 * rounds)
     with subject(config, folder / "run") as made:
-        task = progress.add_task("warming up", total=warmup + 2 * rounds)
         for _ in range(warmup):
             made.round()
             progress.advance(task)
-        recorder, plain, seen = Recorder(made.device), [], []
-        before = made.engine.store.bytes_moved, made.engine.store.seconds_waited
-        moved, waited = dict.fromkeys(before[0], 0), 0.0
-        for number in range(rounds):
-            progress.update(task, description=f"round {number + 1} of {rounds}")
-            plain.append(made.round())
-            progress.advance(task)
-            before = made.engine.store.bytes_moved, made.engine.store.seconds_waited
-            with observed(recorder):
-                seen.append(made.round())
-            after = made.engine.store.bytes_moved
-            moved = {key: moved[key] + after[key] - before[0][key] for key in moved}
-            waited += made.engine.store.seconds_waited - before[1]
-            progress.advance(task)
-        recorder.settle()
+        taken = _rounds(made, rounds, lambda: progress.advance(task))
         plan = engines.read(folder / "run")
         assert plan is not None
         progress.update(task, description="operators and batch sizes", total=None)
@@ -111,45 +115,82 @@ def take(config: Config, folder: Path, rounds: int, warmup: int, progress: Progr
         progress.update(task, description="what the hardware could do")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.precision, torch.float32)
         roof = measured(made.device, dtype)
-        made_of = {"device": made.device, "config": configfile.flat(made.config)}
-    uncaptured = None
+        flat = configfile.flat(made.config)
+    uncaptured, notes = None, []
     if plan.graphs:
         progress.update(task, description="a round without graphs")
         with subject(config, folder / "uncaptured", graphs=False) as other:
             other.round()
-            uncaptured = Recorder(other.device)
-            with observed(uncaptured):
-                other.round()
-            uncaptured.settle()
+            uncaptured = _rounds(other, 1, lambda: None).recorder
         notes.append("steps were replayed as CUDA graphs; what is inside of them was measured in a round without")
-    names = {f"{tier} {way}": count for (tier, way), count in moved.items()}
+    quantities = taken.meters["quantities"]
     profile = Profile(
         title=f"{config.method} on {Path(config.data.name).name}",
         environment=environment(Path(__file__).parents[1]) | {"threads": torch.get_num_threads()},
         plan=asdict(plan),
-        config=made_of["config"],  # type: ignore[arg-type]
-        rounds=[_round(line) for line in plain],
-        observed_seconds=[line["seconds"]["round"] for line in seen],
-        steps=profiles.step_seconds(recorder),
-        ranges=profiles.ranges(recorder, uncaptured),
-        device=profiles.device_use(recorder, uncaptured),
-        transfers=Transfers(names, _waiting(recorder), waited),
+        config=flat,
+        rounds=[_round(line) for line in taken.plain],
+        observed_seconds=[line["seconds"]["round"] for line in taken.seen],
+        steps=profiles.step_seconds(taken.recorder),
+        ranges=profiles.ranges(taken.recorder, uncaptured),
+        device=profiles.device_use(taken.recorder, uncaptured),
+        transfers=taken.transfers,
         memory=memory,
-        meters={},
-        missing={},
+        meters={name: entry for name, entry in quantities.items() if entry is not None},
+        missing=taken.meters["missing"],
+        energy=_energy(taken.meters, _samples(taken.plain + taken.seen), 2 * rounds),
         roof=roof,
         operators=points(operators.slowest()[:OPERATORS], roof),
         batches=batches,
         notes=notes,
     )
     profile.findings = findings.find(profile)
-    return profile, recorder
+    return profile, taken
+
+
+def _rounds(made: Subject, rounds: int, done: Callable[[], None]) -> Taken:
+    """Rounds without observers and with, in turns; `done` is called after each."""
+    recorder, store = Recorder(made.device), made.engine.store
+    moved, waited = dict.fromkeys(store.bytes_moved, 0), 0.0
+    plain, seen = [], []
+    gpu: list[Meter] = [NvmlMeter(made.device)] if made.device.type == "cuda" else []
+    with Sampler([HostMeter(), *gpu]) as sampler:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            plain.append(made.round())
+            done()
+            before, stood = store.bytes_moved, store.seconds_waited
+            with observed(recorder):
+                seen.append(made.round())
+            done()
+            moved = {key: moved[key] + now - before[key] for key, now in store.bytes_moved.items()}
+            waited += store.seconds_waited - stood
+        recorder.settle()
+        end = time.perf_counter()
+    summary = sampler.summary(start, end)
+    series = {q.name: sampler.series(q.name) for q in sampler.quantities if q.kind == "gauge"}
+    names = {f"{tier} {way}": count for (tier, way), count in moved.items()}
+    transfers = Transfers(names, _waiting(recorder), waited)
+    return Taken(plain, seen, recorder, transfers, summary, series)  # type: ignore[arg-type]
+
+
+def _samples(lines: list[Line]) -> int:
+    return sum(sum(line["clients"]["samples"]) for line in lines)
+
+
+def _energy(meters: dict[str, Any], samples: int, rounds: int) -> list[Energy]:
+    """Of what tells: the GPU, the processor."""
+    told = ((name, meters["quantities"].get(f"{name}_energy")) for name in ("gpu", "cpu"))
+    return [
+        Energy(name, entry["increase"] / rounds, 1000 * entry["increase"] / samples, entry["source"])
+        for name, entry in told
+        if entry is not None
+    ]
 
 
 def _round(line: Line) -> Round:
     seconds = line["seconds"]
-    samples = sum(line["clients"]["samples"])
-    return Round(seconds["round"], seconds["train"], seconds["evaluate"], samples, line["flops"])
+    return Round(seconds["round"], seconds["train"], seconds["evaluate"], _samples([line]), line["flops"])
 
 
 def _waiting(recorder: Recorder) -> float:
@@ -194,11 +235,11 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
         shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-profile-")))
         try:
-            profile, recorder = take(config, folder, rounds, warmup, stack.enter_context(shown))
+            profile, taken = take(config, folder, rounds, warmup, stack.enter_context(shown))
         except Refused as error:
             raise UserError(str(error)) from error
     write_atomic(out / "profile.json", profile.to_json().encode())
-    write_atomic(out / "trace.json", trace.events(recorder.spans).encode())
+    write_atomic(out / "trace.json", trace.events(taken.recorder.spans, taken.series).encode())
     if as_json:
         print(profile.to_json())
     else:
@@ -241,5 +282,9 @@ def gist(console: Console, profile: Profile) -> None:
     ]
     if p50 is not None and p95 is not None:
         lines.append(f"a training step takes {1e3 * p50:,.2f} ms (p50), {1e3 * p95:,.2f} ms (p95)")
+    lines += [
+        f"{e.of.upper()}: {e.joules_a_round:,.1f} J a round, {e.joules_per_1000_samples:,.2f} J for 1000 samples"
+        for e in profile.energy
+    ]
     for line in [*lines, *profile.notes, *(f"→ {finding.text}" for finding in profile.findings)]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

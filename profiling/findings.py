@@ -6,6 +6,8 @@ from fedmoe.profiling.profile import Finding, Profile
 
 NOTABLE = 0.05
 """Share of a round from which something is worth a sentence."""
+ASKED = ("idle", "clocks set by the user")
+"""Reasons for a low clock that hold nothing back."""
 SCALES = 1.5
 """How many times the samples a second a larger batch has to give."""
 
@@ -104,8 +106,8 @@ def _device(p: Profile) -> Iterator[Finding]:
 
 
 def _throttling(p: Profile) -> Iterator[Finding]:
-    flags = (p.meters.get("throttle_reasons") or {}).get("flags", {})
-    for reason, share in flags.items():
-        if share >= NOTABLE and reason not in ("gpu_idle", "applications_clocks_setting"):
-            text = f"the GPU's clock was held back for {share:.0%} of the time: {reason.replace('_', ' ')}"
+    shares = p.meters.get("gpu_throttle", {}).get("shares", {})
+    for reason, share in shares.items():
+        if share >= NOTABLE and reason not in ASKED:
+            text = f"the GPU's clock was held back for {share:.0%} of the time: {reason}"
             yield Finding("throttling", text, share, {"share": share})

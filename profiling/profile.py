@@ -76,6 +76,19 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Energy:
+    """Taken by the GPU, or by the processor's package, over all measured rounds, observed ones included."""
+
+    of: str
+    """`gpu` or `cpu`."""
+    joules_a_round: float
+    joules_per_1000_samples: float
+    """Trained on; evaluation's energy is in it."""
+    source: str
+    """`counter`, or `integrated from` power."""
+
+
+@dataclass(frozen=True, slots=True)
 class BatchSize:
     """What a step takes with another batch size."""
 
@@ -120,6 +133,8 @@ class Profile:
     """Summaries by quantity, over the measured rounds."""
     missing: dict[str, str]
     """Quantities that no meter gives, and why."""
+    energy: list[Energy]
+    """Of what tells."""
     roof: Ceilings
     operators: list[Point]
     """Of a training step of each architecture, taken operator by operator; those that took most first."""

@@ -57,10 +57,14 @@ def test_times_by_range_add_up_to_the_rounds(small: Config, tmp_path: Path, caps
     kinds = {(m["what"], m["where"]): m["bytes"] for m in found["memory"]}
     assert all(kinds.values()) and len(kinds) == 5
     assert {o["name"] for o in found["operators"]} >= {"convolution", "convolution_backward", "addmm"}
+    assert found["meters"]["memory_resident"]["max"] > 1e8 and found["meters"]["cpu_time"]["increase"] > 0
+    assert "cpu_energy" in found["missing"] or found["energy"][0]["joules_a_round"] > 0
+    assert "gpu_power" not in found["meters"] | found["missing"]
     said = capsys.readouterr().out
     assert "backward" in said and "samples/s" in said and f"written to {tmp_path / 'out'}" in said.replace("\n", " ")
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert sum(e["name"] == "round" for e in events) == 2
+    assert any(e["name"] == "memory_resident" for e in events)
     assert not list(tmp_path.glob("out/run*"))
 
 
@@ -139,7 +143,7 @@ def invented(**changes: Any) -> Profile:
         rounds=[Round(1.0, 0.9, 0.1, 1000, 1e9)], observed_seconds=[1.0],
         steps=[0.1] * 9, ranges=[Range("step", 9, 0.97, 0.97, 0.9, "events")],
         device=DeviceUse(0.95, 0.8), transfers=Transfers({"host in": 10**6}, 0.0, 0.0), memory=[],
-        meters={}, missing={},
+        meters={}, missing={}, energy=[],
         roof=Ceilings(1e12, 1e13), operators=[], batches=[BatchSize(64, 0.1), BatchSize(128, 0.19)],
     )  # fmt: skip
     return replace(made, **changes)
@@ -158,8 +162,8 @@ def invented(**changes: Any) -> Profile:
         ({"rounds": [Round(1.0, 0.5, 0.5, 1000, 1e9)]}, "evaluation", "50% of the rounds is evaluation"),
         ({"batches": [BatchSize(8, 0.1), BatchSize(64, 0.2)]}, "batch", "a step of 64 trains 4.0 times"),
         ({"ranges": [Range("client", 9, 0.2, 0.2, None, "host")]}, "bookkeeping", "20% of the round is neither"),
-        ({"meters": {"throttle_reasons": {"flags": {"sw_power_cap": 0.3, "gpu_idle": 0.5}}}}, "throttling",
-         "held back for 30% of the time: sw power cap"),
+        ({"meters": {"gpu_throttle": {"shares": {"power cap": 0.3, "idle": 0.5}}}}, "throttling",
+         "held back for 30% of the time: power cap"),
         # Of a step, 0.97 of the round, a quarter is making batches, as a run without graphs has it.
         ({"plan": {"data": "host"}, "ranges": [Range("step", 9, 0.97, 0.97, 0.9, "events"),
                                               Range("batch", 9, 0, 0, 1.0, "uncaptured"),
