@@ -107,6 +107,7 @@ def _parser() -> Parser:
     profile.add_argument("--warmup", type=int, default=1)
     profile.add_argument("--out", type=Path)
     profile.add_argument("--json", action="store_true")
+    profile.add_argument("--memory-snapshot", action="store_true")
     profile.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
     profile.set_defaults(act=_profile)
 
@@ -141,17 +142,21 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
 def _profile(args: argparse.Namespace, rest: list[str]) -> None:
     does = (
         "Measure some rounds of a federation and say where their time goes. `--rounds 3`: how many, each once more "
-        "observed; `--warmup 1`: rounds before; `--out`: a folder for page, JSON and trace; `--json`: print the JSON. "
+        "observed; `--warmup 1`: rounds before; `--out`: a folder for page, JSON and trace; `--json`: print the JSON; "
+        "`--memory-snapshot`: also PyTorch's record of GPU memory. "
         "`--compare A.toml B.toml`: rounds of both in turns (`--rounds 10`), and which differences exceed the noise."
     )
     if args.compare is None:
         config = _config(rest, "profile", does)
         from fedmoe import profiler
 
-        profiler.run(config, 3 if args.rounds is None else args.rounds, args.warmup, args.out, args.json)
+        rounds = 3 if args.rounds is None else args.rounds
+        profiler.run(config, rounds, args.warmup, args.out, args.json, args.memory_snapshot)
         return
-    if args.out or (rest and not rest[0].startswith("-")):
-        raise UsageError("--compare takes two configuration files, options for both, and no --out")
+    if args.out or args.memory_snapshot or (rest and not rest[0].startswith("-")):
+        raise UsageError(
+            "--compare takes two configuration files, options for both, and neither --out nor --memory-snapshot"
+        )
     first, second = (_config([str(path), *rest], "profile", does) for path in args.compare)
     from fedmoe import comparison
 

@@ -18,7 +18,7 @@ from fedmoe.display import Output
 from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.ranges import observed
 from fedmoe.errors import UsageError
-from fedmoe.profiler import Subject, subject
+from fedmoe.profiler import Subject, check, subject
 from fedmoe.profiling.compare import FEWEST, Difference, differences
 from fedmoe.profiling.spans import ELSEWHERE, Recorder
 
@@ -29,6 +29,8 @@ def run(configs: tuple[Config, Config], rounds: int, warmup: int, as_json: bool)
     """Measure both, print what differs."""
     if rounds < FEWEST or warmup < 0:
         raise UsageError(f"--rounds is {rounds} and --warmup {warmup}, expected at least {FEWEST} to compare, and 0")
+    for config in configs:
+        check(config)
     console = Output(stderr=as_json)
     columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()
     found: tuple[list[dict[str, float]], list[dict[str, float]]] = [], []

@@ -63,11 +63,15 @@ class Subject:
         """Nothing to tell of."""
 
 
+def check(config: Config) -> None:
+    """Raise UserError for what tells nothing of what it does."""
+    if config.engine.kind != "fast":
+        raise UserError('engine.kind is "reference": only the engine tells what it does; leave it "fast"')
+
+
 @contextmanager
 def subject(config: Config, folder: Path, graphs: bool | None = None) -> Iterator[Subject]:
     """A federation that begins in `folder`, as `fedmoe train` would begin it, but for `graphs` where it is given."""
-    if config.engine.kind != "fast":
-        raise UserError('engine.kind is "reference": only the engine tells what it does; leave it "fast"')
     # Its rounds are as many as are taken: the last would be evaluated in any case.
     config = replace(config, federation=replace(config.federation, rounds=1_000_000))
     with ExitStack() as stack:
@@ -221,10 +225,13 @@ def _memory(made: Subject, peak: int) -> Iterator[Memory]:
         yield Memory("kept by it for later", reserved - allocated, "device")
 
 
-def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: bool) -> None:
+def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: bool, snapshot: bool = False) -> None:
     """Profile, print the gist (with `as_json` all of it), and write what was found to the folder `out`."""
     if rounds < 1 or warmup < 0:
         raise UsageError(f"--rounds is {rounds} and --warmup {warmup}, expected at least 1 and at least 0")
+    check(config)
+    if snapshot and not torch.cuda.is_available():
+        raise UserError("--memory-snapshot is of a GPU's memory, and there is none: leave it out")
     out = out or Path(time.strftime("profiles/%Y%m%d-%H%M%S"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before the minutes, not after
         raise UserError(f"{out} exists and is not an empty folder: choose another --out")
@@ -234,10 +241,15 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
     with ExitStack() as stack:
         shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-profile-")))
+        if snapshot:
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
         try:
             profile, taken = take(config, folder, rounds, warmup, stack.enter_context(shown))
         except Refused as error:
             raise UserError(str(error)) from error
+    if snapshot:
+        torch.cuda.memory._dump_snapshot(str(out / "memory.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
     write_atomic(out / "profile.json", profile.to_json().encode())
     write_atomic(out / "trace.json", trace.events(taken.recorder.spans, taken.series).encode())
     if as_json:

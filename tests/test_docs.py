@@ -18,8 +18,8 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for block in blocks(page, "python"):
-        name = re.match(r"# (\w+\.py)\n", block)
+    for block in blocks(page, "python") + blocks(page, "toml"):
+        name = re.match(r"# ([\w/]+\.(py|toml))\n", block)
         assert name, block
         (tmp_path / name[1]).write_text(block)
     shown = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]

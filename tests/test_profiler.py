@@ -130,6 +130,10 @@ def test_what_is_wrong_is_one_line(small: Config, tmp_path: Path) -> None:
         profiler.run(changed(small, engine={"kind": "reference"}), 1, 0, tmp_path / "out", False)
     with pytest.raises(UserError, match="--rounds is 0 and --warmup 1"):
         profiler.run(small, 0, 1, tmp_path / "out", False)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--memory-snapshot is of a GPU's memory, and there is none"):
+            profiler.run(small, 1, 0, tmp_path / "out", False, True)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").touch()
     with pytest.raises(UserError, match="exists and is not an empty folder: choose another --out"):
