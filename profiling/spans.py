@@ -61,7 +61,7 @@ class Recorder:
             stack = self._open[thread, lane]
             stack.append(span := Span(phase, lane, tuple(outer.phase for outer in stack), now))
             self._pass(thread, now, phase)
-            if self._gpu:
+            if self._gpu and not torch.cuda.is_current_stream_capturing():  # an event there would be the graph's
                 stream = torch.cuda.current_stream()
                 span.stream = stream.cuda_stream
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -77,7 +77,7 @@ class Recorder:
             assert span.phase == phase, (span.phase, phase)
             span.end = now
             self._pass(thread, now, stack[-1].phase if stack else self._outer(thread))
-            if self._gpu:
+            if id(span) in self._events:
                 self._events[id(span)][1].record(torch.cuda.current_stream())
             self.spans.append(span)
 
