@@ -1,0 +1,88 @@
+// Draws the page's plots in its own colors, again when those change, and as wide as paper while it is printed.
+(() => {
+  "use strict";
+  const PAPER = 680; // pixels of a page of A4 or letter between its margins
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const root = document.documentElement;
+  const touch = matchMedia("(pointer: coarse)").matches;
+  // Plotly would offer to upload the data to its makers' cloud.
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    showSendToCloud: false,
+    plotlyServerURL: "",
+    modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
+  };
+
+  const colored = (value, style) => {
+    if (typeof value === "string") {
+      return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map((one) => colored(one, style));
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, colored(one, style)]));
+  };
+
+  const common = {
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: "var(--fg)", family: "system-ui, sans-serif", size: 12 },
+    hoverlabel: { bgcolor: "var(--card)", bordercolor: "var(--muted)", font: { color: "var(--fg)", size: 12 }, align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: "var(--muted)", activecolor: "var(--fg)" },
+    hovermode: "closest",
+    showlegend: false,
+    uirevision: "kept", // zoom survives new colors
+    dragmode: touch ? false : "zoom", // a finger scrolls the page
+  };
+
+  // Plotly makes every bar a whole pixel wide at least, so that rows of short spans would all look busy. Spans are
+  // therefore drawn as areas, whose edges blend; the bars are there to be pointed at, and are not seen.
+  const areas = (bars) => {
+    const x = [], y = [];
+    bars.base.forEach((start, i) => {
+      const end = start + bars.x[i], low = bars.y[i] - bars.width / 2, high = bars.y[i] + bars.width / 2;
+      x.push(start, end, end, start, start, null);
+      y.push(low, low, high, high, low, null);
+    });
+    const line = { width: 0, simplify: false };
+    const area = { type: "scatter", mode: "lines", fill: "toself", fillcolor: bars.marker.color, hoverinfo: "skip" };
+    return { ...area, x, y, line, visible: bars.visible };
+  };
+  const drawn = (data) => {
+    const spans = data.filter((trace) => trace.meta === "spans");
+    const pointed = data.map((t) => (t.meta === "spans" ? { ...t, marker: { color: "rgba(0,0,0,0)" } } : t));
+    return [...pointed, ...spans.map(areas)];
+  };
+
+  const draw = (id, width) => {
+    const { data, layout } = figures[id];
+    const style = getComputedStyle(root);
+    const size = width ? { width, autosize: false } : { autosize: true };
+    const small = document.getElementById(id).clientHeight < 200; // too small for buttons
+    const options = small ? { ...config, displayModeBar: false } : config;
+    Plotly.react(id, colored(drawn(data), style), colored({ ...common, ...layout, ...size }, style), options);
+  };
+  const drawAll = (width) => Object.keys(figures).forEach((id) => draw(id, width));
+
+  for (const button of document.querySelectorAll(".legend button")) {
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(shown));
+      figures[button.dataset.plot].data[button.dataset.trace].visible = shown;
+      draw(button.dataset.plot);
+    });
+  }
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
+
+  addEventListener("beforeprint", () => {
+    root.classList.add("print");
+    drawAll(PAPER);
+  });
+  addEventListener("afterprint", () => {
+    root.classList.remove("print");
+    drawAll();
+  });
+
+  drawAll();
+})();
