@@ -28,6 +28,7 @@ from fedmoe.profiling import profile as profiles
 from fedmoe.profiling.environment import environment
 from fedmoe.profiling.host import HostMeter
 from fedmoe.profiling.nvml import NvmlMeter
+from fedmoe.profiling.page import page
 from fedmoe.profiling.profile import Energy, Memory, Profile, Round, Transfers
 from fedmoe.profiling.roofline import measured, points
 from fedmoe.profiling.sampler import Meter, Sampler
@@ -252,13 +253,13 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
         torch.cuda.memory._record_memory_history(enabled=None)
     write_atomic(out / "profile.json", profile.to_json().encode())
     write_atomic(out / "trace.json", trace.events(taken.recorder.spans, taken.series).encode())
+    write_atomic(out / "profile.html", page(profile, taken.recorder.spans, taken.series).encode())
     if as_json:
         print(profile.to_json())
     else:
         gist(console, profile)
-        console.print(
-            f"written to {out}: profile.json, trace.json (ui.perfetto.dev opens it)", highlight=False, soft_wrap=True
-        )
+        made = "profile.html, profile.json, trace.json (ui.perfetto.dev opens it)"
+        console.print(f"written to {out}: {made}", highlight=False, soft_wrap=True)
 
 
 def gist(console: Console, profile: Profile) -> None:

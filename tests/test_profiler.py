@@ -65,6 +65,8 @@ def test_times_by_range_add_up_to_the_rounds(small: Config, tmp_path: Path, caps
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert sum(e["name"] == "round" for e in events) == 2
     assert any(e["name"] == "memory_resident" for e in events)
+    page = (tmp_path / "out" / "profile.html").read_text()
+    assert "convolution_<wbr>backward" in page and 'id="plot-timeline"' in page and "<h3>memory resident" in page
     assert not list(tmp_path.glob("out/run*"))
 
 
