@@ -92,6 +92,11 @@ class Layout:
         theta = tuple(f"model/{name}" for name in (*parameters, *floating) if shared and name.startswith(shared))
         return cls(entries, weights // 4, narrow // 4, theta, end)
 
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the trainable parameters."""
+        return [name.removeprefix("momentum/") for name in self.entries if name.startswith("momentum/")]
+
     def pack(self, state: State, block: Tensor) -> None:
         """Write a state into a block; momentum that it does not have is zero.
 

@@ -315,4 +315,8 @@ class Lane:
 
 def _finite(member: Member, layout: Layout, block: Tensor) -> Tensor:
     """fp64 [] 1 if all that must be finite is, else 0."""
-    return torch.stack([layout.entries[name].of(block).isfinite().all() for name in member.finite]).all().double()
+    names, weights = set(member.finite), {f"model/{name}" for name in layout.trainable}
+    whole = weights <= names  # then they are looked at as one
+    tensors = [layout.entries[name].of(block) for name in member.finite if not (whole and name in weights)]
+    tensors += [layout.flat(block)[0]] if whole else []
+    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all().double()

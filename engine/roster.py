@@ -38,8 +38,8 @@ class Roster:
 
     def trainable(self, client: int) -> int:
         """The client's trainable parameters."""
-        entries = self[client][1].entries
-        return sum(math.prod(entry.shape) for name, entry in entries.items() if name.startswith("momentum/"))
+        layout = self[client][1]
+        return sum(math.prod(layout.entries[f"model/{name}"].shape) for name in layout.trainable)
 
     def states(self, clients: set[int]) -> Mapping[int, Callable[[], State]]:
         """What gives the states of clients, as they are committed now, when it is called."""

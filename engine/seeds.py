@@ -27,8 +27,10 @@ def generator(seed: int, stream: str, *index: int) -> torch.Generator:
 
 
 def seed_globals(seed: int) -> None:
-    """Seed every global generator that a model may draw from: PyTorch's on all devices, NumPy's and Python's."""
-    torch.manual_seed(seed)
+    """Seed every global generator that a model may draw from: PyTorch's on CPU and GPUs, NumPy's and Python's."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks for every kind of device: 0.2 ms
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
