@@ -111,9 +111,12 @@ def _parser() -> Parser:
     profile.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
     profile.set_defaults(act=_profile)
 
-    bench = commands.add_parser("bench", help="time the kernels against what else there is")
-    bench.add_argument("suite", nargs="?", metavar="SUITE", help="only this suite: kernels")
+    bench = commands.add_parser("bench", help="time kernels, engine and federation against what else there is")
+    suites = "kernels, engine, federation; or acceptance: what the targets are measured by, with a verdict on each"
+    bench.add_argument("suite", nargs="?", metavar="SUITE", help=f"only this suite: {suites}")
     bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
+    budget = "leave out what does not fit into so many seconds (acceptance: 480 unless given)"
+    bench.add_argument("--budget-seconds", type=float, metavar="N", help=budget)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure and the environment there")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     bench.set_defaults(act=_bench, parser=bench)
@@ -189,7 +192,7 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     from fedmoe import bench
 
-    return bench.run(args.suite, args.only, args.json, args.markdown)
+    return bench.run(args.suite, args.only, args.json, args.markdown, budget=args.budget_seconds)
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

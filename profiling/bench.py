@@ -1,27 +1,27 @@
-"""The `gpu_benchmark` fixture: variants of one piece of work, checked against each other, then timed interleaved.
+"""What the fixture `gpu_benchmark` gives: variants of one piece of work, checked against each other, timed in turns.
 
-It stands on pytest-benchmark, where each variant becomes an entry of its own, and tests with it are skipped where that
-is absent. Until it is registered as a plugin, a `conftest.py` imports the fixture and the two hooks from here.
+It stands on pytest-benchmark, where each variant becomes an entry of its own; `fedmoe.profiling.plugin` is what pytest
+loads.
 """
 
 import gc
+import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
 
+from fedmoe.profiling.plugin import PROPERTY, SIZES
 from fedmoe.profiling.timing import Call as Call
-from fedmoe.profiling.timing import Times, ceilings, interleave, memory, reason
+from fedmoe.profiling.timing import Meter, Times, ceilings, interleave, joules, memory, reason, settle
 
 Function = TypeVar("Function", bound=Callable[..., None])
+V = TypeVar("V")
 Check = Callable[[Any, Any], None]
 """Given the first variant's output and another's; raises AssertionError where they do not agree."""
-
-PROPERTY = "gpu_benchmark"
-"""The name under which a test's report carries its rows, as dictionaries, to whoever listens to pytest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,9 @@ class Row:
     """Seconds a call; on a GPU there, without gaps between kernels."""
     quartiles: tuple[float, float] | None = None
     called: float | None = None
-    """Seconds a call as the host makes it, launches included; None on a CPU, where `median` is just that."""
+    """Seconds a call as the host makes it, launches included; None where `median` is just that."""
+    cold: float | None = None
+    """Seconds a call on a GPU, as `median`, which finds nothing of its own in the L2 cache; None for long calls."""
     rounds: int = 0
     calls: int = 0
     """Calls in a round."""
@@ -65,10 +67,14 @@ class Row:
     kept_bytes: int | None = None
     """Of it, what the call's results keep."""
     gb_per_s: float | None = None
-    """The floor's bytes over the time, not the traffic that there was."""
+    """The floor's bytes, not the traffic that there was, over the time: `cold` where it is known, since bytes that are
+    in the cache need no memory, else `median`."""
     tflop_per_s: float | None = None
+    """The floor's FLOPs over the same time."""
     floor_share: float | None = None
-    """The least time that the floor takes at this device's measured ceilings, as a share of `median`."""
+    """The least time that the floor takes at this device's measured ceilings, as a share of the same time."""
+    energy_j: float | None = None
+    """Joules a call, with the device's idle power."""
 
 
 class Unavailable(Exception):
@@ -89,49 +95,27 @@ def sizes(names: str, *, full: Iterable[Any], tiny: Iterable[Any]) -> Callable[[
     """Parametrize a benchmark: `full` where it is timed on a GPU, else `tiny`, which only shows that it works."""
 
     def mark(function: Function) -> Function:
-        vars(function)[_SIZES] = (names, list(full), list(tiny))
+        vars(function)[SIZES] = (names, list(full), list(tiny))
         return function
 
     return mark
 
 
-_SIZES = "_benchmark_sizes"
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Hand out what `sizes` was given."""
-    if given := vars(metafunc.function).get(_SIZES):
-        names, full, tiny = given
-        metafunc.parametrize(names, full if _full(metafunc.config) else tiny)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Have pytest-benchmark, if it is there, take our tests for its own: for --benchmark-only and --benchmark-skip."""
-    for item in items if config.pluginmanager.hasplugin("benchmark") else []:
-        names = getattr(item, "fixturenames", [])
-        if "gpu_benchmark" in names and "benchmark" not in names:
-            names.append("benchmark")
-
-
-@pytest.fixture
-def gpu_benchmark(request: pytest.FixtureRequest) -> "Bench":
-    """Compares variants of one piece of work; see `Bench.__call__`."""
-    if not request.config.pluginmanager.hasplugin("benchmark"):
-        pytest.skip("needs pytest-benchmark: pip install '.[bench]'")
-    return Bench(request.getfixturevalue("benchmark"), request.node, _full(request.config))
+def energy() -> Meter | None:
+    """What tells the joules that the device has used; None: nothing here can yet."""
+    return None
 
 
 class Bench:
-    """One benchmark."""
+    """One benchmark: call it with variants, or have it `record` times that were taken otherwise."""
 
-    def __init__(self, benchmark: Any, node: pytest.Item, full: bool) -> None:
-        self.full = full
-        """Whether it is timed on a GPU: worth compiling and tuning for."""
-        self.timed = bool(benchmark.enabled)
+    def __init__(self, benchmark: Any, node: pytest.Item, timed: bool, meter: Meter | None = None) -> None:
+        self.timed = timed
         """Whether it is timed at all; without, once is enough, and the less the better."""
+        self.full = timed and torch.cuda.is_available()
+        """Whether it is timed on a GPU: worth compiling and tuning for."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._benchmark, self._node = benchmark, node
+        self._benchmark, self._node, self._meter = benchmark, node, meter
 
     def __call__(
         self,
@@ -139,6 +123,7 @@ class Bench:
         *,
         floor: Floor | None = None,
         check: Check | None = None,
+        host: bool = False,
     ) -> list[Row]:
         """A row for each variant, in the order given.
 
@@ -147,23 +132,43 @@ class Bench:
         begins with "ours") that fails the check does, before anything is timed; another's may compute less on purpose,
         and is timed with a note. One that raises is named in its row. A callable with an attribute `peak_bytes` is
         believed: what a CUDA graph allocated when it was captured, no replay shows.
+
+        `host`: by the host's clock on a GPU too, from idle device to idle device: for work of the host, or of both.
         """
+        rows, calls = self._begin(variants)
+        try:
+            self._first(calls, rows, check)
+            self._tidy()
+            if self.timed:
+                self._time(calls, rows, floor, host)
+        finally:
+            self._end(rows)
+        return list(rows.values())
+
+    def record(self, variants: Mapping[str, Sequence[float] | Absent]) -> list[Row]:
+        """A row for each variant of which the benchmark took the times itself, in seconds: for whole runs."""
+        rows, taken = self._begin(variants)
+        if self.timed:
+            times = {name: Times(seconds=list(seconds)) for name, seconds in taken.items()}
+            for name in times:
+                self._fill(name, times, rows, None, None)
+        self._end(rows)
+        return list(rows.values())
+
+    def _begin(self, variants: Mapping[str, V | Absent]) -> tuple[dict[str, Row], dict[str, V]]:
+        """A row for each, and those that are there."""
         self._benchmark._mode = "gpu_benchmark"  # or pytest-benchmark warns that it was not used
-        rows = {name: Row(variant=name, status="ran") for name in variants}
-        calls: dict[str, Call] = {}
+        rows: dict[str, Row] = {}
+        there: dict[str, V] = {}
         for name, variant in variants.items():
             if isinstance(variant, Absent):
                 rows[name] = Row(variant=name, status="absent", reason=variant.reason)
             else:
-                calls[name] = variant
-        try:
-            self._first(calls, rows, check)
-            self._tidy()
-            if self._benchmark.enabled:
-                self._time(calls, rows, floor)
-        finally:
-            self._node.user_properties.append((PROPERTY, [asdict(row) for row in rows.values()]))
-        return list(rows.values())
+                rows[name], there[name] = Row(variant=name, status="ran"), variant
+        return rows, there
+
+    def _end(self, rows: dict[str, Row]) -> None:
+        self._node.user_properties.append((PROPERTY, [asdict(row) for row in rows.values()]))
 
     def _first(self, calls: dict[str, Call], rows: dict[str, Row], check: Check | None) -> None:
         """Call each once; leaves in `calls` what is worth timing."""
@@ -172,10 +177,10 @@ class Bench:
         for name, call in list(calls.items()):
             try:
                 output = call()
-                _synchronize(self.device)
+                settle(self.device)
             except Exception as error:
                 rows[name] = Row(variant=name, status="failed", reason=reason(error))
-                if not self._benchmark.enabled:
+                if not self.timed:
                     raise
                 del calls[name]
                 self._tidy()
@@ -189,7 +194,7 @@ class Bench:
                 check(reference[1], output)
             except AssertionError as error:
                 text = f"differs from {reference[0]}: {reason(error)}"
-                if self._benchmark.enabled and not name.startswith("ours"):
+                if self.timed and not name.startswith("ours"):
                     rows[name] = replace(rows[name], note=text)
                 else:
                     rows[name] = Row(variant=name, status="wrong", reason=text)
@@ -198,44 +203,63 @@ class Bench:
         if wrong:
             raise AssertionError(wrong)
 
-    def _time(self, calls: dict[str, Call], rows: dict[str, Row], floor: Floor | None) -> None:
+    def _time(self, calls: dict[str, Call], rows: dict[str, Row], floor: Floor | None, host: bool) -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the only count at which a CPU that is shared gives the same time twice
         try:
-            times, failed = interleave(calls, self.device)
+            times, failed = interleave(calls, self.device, host=host)
             used = {name: memory(calls[name], self.device) for name in times}
-            reached = ceilings(floor.dtype, self.device) if floor and times else None
+            spent = {name: self._energy(calls[name], taken) for name, taken in times.items()}
+            reached = ceilings(floor.dtype, self.device) if floor and times and not host else None
         finally:
             torch.set_num_threads(threads)
         for name, why in failed.items():
             rows[name] = Row(variant=name, status="failed", reason=why)
-        first = times.get(next(iter(rows)))
-        for name, taken in times.items():
-            row = _row(name, taken, floor, reached)
-            rows[name] = replace(row, note="; ".join(filter(None, (rows[name].note, row.note))))
-            if first is not None:
-                rows[name] = replace(rows[name], relative=_median(taken.seconds) / _median(first.seconds))
-            peak = getattr(calls[name], "peak_bytes", None)
-            if peak is not None:
-                rows[name] = replace(rows[name], peak_bytes=peak)
-            elif (bytes_ := used[name]) is not None:
-                rows[name] = replace(rows[name], peak_bytes=bytes_[0], kept_bytes=bytes_[1])
-            self._hand_over(name, taken, rows[name], floor)
+        for name in times:
+            peak, kept = used[name] or (None, None)
+            believed = getattr(calls[name], "peak_bytes", None)
+            if believed is not None:
+                peak, kept = believed, None
+            rows[name] = replace(rows[name], peak_bytes=peak, kept_bytes=kept, energy_j=spent[name])
+            self._fill(name, times, rows, floor, reached)
 
-    def _hand_over(self, name: str, times: Times, row: Row, floor: Floor | None) -> None:
-        """Make the variant an entry of pytest-benchmark's, which has no public way to take times that it did not take.
+    def _energy(self, call: Call, times: Times) -> float | None:
+        if self._meter is None:
+            return None
+        return joules(call, _median(times.called or times.seconds), self._meter, self.device)
 
-        An entry takes its name and `extra_info` from the fixture when it is made.
+    def _fill(
+        self,
+        name: str,
+        times: Mapping[str, Times],
+        rows: dict[str, Row],
+        floor: Floor | None,
+        reached: tuple[float, float] | None,
+    ) -> None:
+        """Put the variant's times into its row, and make that an entry of pytest-benchmark's.
+
+        pytest-benchmark has no public way to take times that it did not take. An entry gets its names and `extra_info`
+        from the fixture when it is made; by `fullname`, saved runs are compared.
         """
-        fixture = self._benchmark
-        fixture.name, fixture.group, own = f"{self._node.name} {name}", self._node.name, fixture.name
-        fixture.extra_info = {k: v for k, v in asdict(row).items() if k != "variant"}
+        known, row = rows[name], _row(name, times[name], floor, reached)
+        found = {f: getattr(known, f) for f in ("peak_bytes", "kept_bytes", "energy_j")}
+        row = replace(row, note="; ".join(filter(None, (known.note, row.note))), **found)
+        if (first := times.get(next(iter(rows)))) is not None:
+            row = replace(row, relative=_median(times[name].seconds) / _median(first.seconds))
+        rows[name] = row
+        fixture, node = self._benchmark, self._node
+        own = fixture.name, fixture.fullname
+        fixture.name, fixture.fullname, fixture.group = f"{node.name} {name}", f"{node.nodeid} {name}", node.name
+        fixture.extra_info = {k: v for k, v in asdict(row).items() if k != "variant"} | {"device": self._name()}
         if floor:
             fixture.extra_info |= {"floor_bytes": floor.bytes, "floor_flops": floor.flops}
         entry = fixture._make_stats(1)
-        fixture.name = own
-        for seconds in times.seconds:
+        fixture.name, fixture.fullname = own
+        for seconds in times[name].seconds:
             entry.update(seconds)
+
+    def _name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
 
     def _tidy(self) -> None:
         """Give back what a first call, or one that ran out of memory, leaves in caches."""
@@ -247,6 +271,7 @@ class Bench:
 def _row(name: str, times: Times, floor: Floor | None, reached: tuple[float, float] | None) -> Row:
     median = _median(times.seconds)
     low, _, high = statistics.quantiles(times.seconds, n=4) if len(times.seconds) > 1 else [median] * 3
+    cold = _median(times.cold) if times.cold else None
     row = Row(
         variant=name,
         status="timed",
@@ -254,27 +279,18 @@ def _row(name: str, times: Times, floor: Floor | None, reached: tuple[float, flo
         median=median,
         quartiles=(low, high),
         called=_median(times.called) if times.called else None,
+        cold=cold,
         rounds=len(times.seconds),
         calls=times.calls,
     )
     if floor is None:
         return row
-    row = replace(row, gb_per_s=floor.bytes / median / 1e9, tflop_per_s=floor.flops / median / 1e12 or None)
+    took = cold or median
+    row = replace(row, gb_per_s=floor.bytes / took / 1e9, tflop_per_s=floor.flops / took / 1e12 or None)
     if reached is None:
         return row
-    return replace(row, floor_share=max(floor.bytes / reached[0], floor.flops / reached[1]) / median)
+    return replace(row, floor_share=max(floor.bytes / reached[0], floor.flops / reached[1]) / took)
 
 
-def _median(seconds: list[float]) -> float:
+def _median(seconds: Sequence[float]) -> float:
     return statistics.median(seconds)
-
-
-def _full(config: pytest.Config) -> bool:
-    """Whether benchmarks are timed, and on a GPU."""
-    enabled = config.getoption("benchmark_enable", False) or not config.getoption("benchmark_disable", True)
-    return bool(enabled) and torch.cuda.is_available()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,47 +1,70 @@
 """Runs pytest and tells, a line of JSON each, what happens: what `fedmoe bench` listens to.
 
-`python -m fedmoe.profiling.bench_events DESCRIPTOR ROOT ONLY PYTEST-ARGUMENT...` writes to an open file descriptor.
+`python -m fedmoe.profiling.bench_events DESCRIPTOR ROOT SELECTION PYTEST-ARGUMENT...` writes to an open file
+descriptor; SELECTION is a `Selection` as JSON.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from fedmoe.profiling.bench import PROPERTY
-from fedmoe.profiling.environment import environment
+from fedmoe.profiling.bench_selection import Selection
+from fedmoe.profiling.plugin import PROPERTY
 
 
 class Events:
     """A pytest plugin."""
 
-    def __init__(self, descriptor: int, root: Path, only: str) -> None:
+    def __init__(self, descriptor: int, root: Path, selection: Selection) -> None:
+        import torch
+
+        from fedmoe.profiling.environment import environment
+
         self._file = os.fdopen(descriptor, "w", buffering=1)
-        self._only = only
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tell(event="environment", device=device, environment=environment(root))
+        self._selection, self._left_out = selection, set[str]()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._tell(event="environment", device=self._device, environment=environment(root))
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave only the benchmarks whose name holds what is asked for."""
-        chosen = [item for item in items if self._only in _name(item.nodeid)]
-        self._tell(event="collected", names=[_name(item.nodeid) for item in items], chosen=len(chosen))
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        """Leave only the benchmarks that are selected."""
+        named = [(name_of(item.nodeid), item) for item in items]
+        if self._selection.limits is not None:
+            order = list(self._selection.limits[self._device])
+            named = sorted(((n, i) for n, i in named if n in order), key=lambda pair: order.index(pair[0]))
+        chosen = [(name, item) for name, item in named if self._selection.only in name]
+        self._tell(event="collected", names=[name for name, _ in named], chosen=[name for name, _ in chosen])
+        left = [item for name, item in chosen if name not in self._selection.skip]
+        config.hook.pytest_deselected(items=[item for item in items if item not in left])
+        items[:] = left
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A benchmark begins."""
-        self._tell(event="begin", name=_name(nodeid))
+        self._tell(event="begin", name=name_of(nodeid))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Leave a benchmark out that there may be no time for."""
+        name, ends = name_of(item.nodeid), self._selection.ends
+        if ends is None:
+            return
+        needed, left = self._selection.seconds(self._device, name) or 0, ends - time.monotonic()
+        if left <= needed:
+            self._left_out.add(name)
+            pytest.skip(f"it may take {needed:.0f} s, of the time there are {max(0, left):.0f} s left")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A benchmark has ended, or could not begin."""
         if report.when == "call" or not report.passed:
+            name = name_of(report.nodeid)
             rows: Any = dict(report.user_properties).get(PROPERTY, [])
-            self._tell(event="end", name=_name(report.nodeid), outcome=report.outcome, reason=_why(report), rows=rows)
+            outcome = "left out" if name in self._left_out else report.outcome
+            self._tell(event="end", name=name, outcome=outcome, reason=_why(report), rows=rows)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file cannot be read."""
@@ -52,7 +75,7 @@ class Events:
         self._file.write(json.dumps(event) + "\n")
 
 
-def _name(nodeid: str) -> str:
+def name_of(nodeid: str) -> str:
     """`gated_head[64-10]` of `tests/bench/test_kernels_head.py::test_gated_head[64-10]`."""
     return (nodeid.partition("::")[2] or nodeid).removeprefix("test_")
 
@@ -68,5 +91,6 @@ def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 if __name__ == "__main__":
-    descriptor, root, only, *arguments = sys.argv[1:]
-    sys.exit(pytest.main(arguments, plugins=[Events(int(descriptor), Path(root), only)]))
+    descriptor, root, selection, *arguments = sys.argv[1:]
+    selected = Selection(**json.loads(selection))
+    sys.exit(pytest.main(arguments, plugins=[Events(int(descriptor), Path(root), selected)]))

@@ -1,5 +1,6 @@
-"""Times callables against each other: interleaved, on a GPU without the gaps of a starved stream."""
+"""Times callables against each other: interleaved; on a GPU without a starved stream's gaps, with L2 hot and cold."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from typing import Protocol
 import torch
 
 Call = Callable[[], object]
+Meter = Callable[[], float]
+"""Joules that the device has used up to now, from any beginning."""
 
 LAP_SECONDS = 2e-3
 """What a lap should take: thousands of times the resolution of the clock (CUDA events: 0.5 µs)."""
@@ -18,6 +21,10 @@ CYCLES = 2e9
 """A second, in what `torch.cuda._sleep` counts; at a lower clock it holds the stream back for longer, which is safe."""
 SHORTEST_HOLD, LONGEST_HOLD = 2e-4, 0.1
 GAPS = "waits for the GPU itself: its gaps are timed"
+WRITE_SECONDS = 3e-5
+"""What the host and two events take to have the L2 cache overwritten, generously."""
+ENERGY_SECONDS = 0.5
+"""Of calls whose energy is taken: a GPU's counter moves on every 20 to 100 ms."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +41,7 @@ class Limits:
 
 CPU = Limits(warm_seconds=0.05, seconds=0.2, min_rounds=5, max_rounds=30)
 GPU = Limits(warm_seconds=3.0, seconds=5.0, min_rounds=10, max_rounds=100)
+BOTH = Limits(warm_seconds=1.0, seconds=3.0, min_rounds=5, max_rounds=100)
 
 
 @dataclass(slots=True)
@@ -46,6 +54,10 @@ class Times:
     """On a GPU its time there, by events, with the work queued in advance; on a CPU the time of the call."""
     called: list[float] = field(default_factory=list)
     """On a GPU also what calls back to back take as the host makes them, launches included; empty on a CPU."""
+    cold: list[float] = field(default_factory=list)
+    """On a GPU also the time there of a call that finds nothing of its own in the L2 cache, a median of a lap's, each
+    between events of its own, which add about a microsecond. Empty on a CPU, and for calls so long that it is the same.
+    """
     note: str = ""
 
 
@@ -59,10 +71,10 @@ class Watch(Protocol):
 
 
 class HostWatch:
-    """By the host's clock: for work that is done when the call returns."""
+    """By the host's monotonic clock: for work that is done when the call returns, or when the device is idle."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self._call, self._device = call, device
         once = self._seconds(1)
         self.times = Times(max(1, min(1000, int(LAP_SECONDS / max(once, 1e-9)))))
 
@@ -71,9 +83,11 @@ class HostWatch:
         self.times.seconds.append(self._seconds(self.times.calls))
 
     def _seconds(self, calls: int) -> float:
+        settle(self._device)
         start = time.perf_counter()
         for _ in range(calls):
             self._call()
+        settle(self._device)
         return (time.perf_counter() - start) / calls
 
 
@@ -81,11 +95,12 @@ class DeviceWatch:
     """By CUDA events, on the current stream.
 
     The stream is held back while the host queues a lap, so that the device finds its work waiting: between two events
-    around a starved stream lies the host's time and not the kernels'. What the host takes is measured apart.
+    around a starved stream lies the host's time and not the kernels'. What the host takes is measured apart, and so are
+    calls before each of which `overwrite` has taken the L2 cache.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, overwrite: Call | None = None) -> None:
+        self._call, self._overwrite = call, overwrite
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.times = Times(1)
         torch.cuda.synchronize()
@@ -110,6 +125,24 @@ class DeviceWatch:
             seconds, held = self._on_device()
         self.times.seconds.append(seconds)
         self.times.called.append(self._as_called())
+        # What a call of milliseconds reads again is gone from the cache, or is nothing beside the rest.
+        if self._overwrite and not self.times.note and self.times.calls > 1:
+            self._lap_cold(self._overwrite)
+
+    def _lap_cold(self, overwrite: Call) -> None:
+        """As `_on_device`; a lap whose host did not keep ahead is left out."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.times.calls)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int((self._hold + 2 * WRITE_SECONDS * self.times.calls) * CYCLES))
+        for start, end in pairs:
+            overwrite()
+            start.record()
+            self._call()
+            end.record()
+        held = not pairs[0][0].query()
+        pairs[-1][1].synchronize()
+        if held:
+            self.times.cold.append(statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3)
 
     def _first_hold(self) -> float:
         """Twice what the host took to queue a lap; no more than need be, for a device that idles clocks higher."""
@@ -137,10 +170,15 @@ class DeviceWatch:
 
 
 def interleave(
-    calls: Mapping[str, Call], device: torch.device, limits: Limits | None = None
+    calls: Mapping[str, Call], device: torch.device, limits: Limits | None = None, host: bool = False
 ) -> tuple[dict[str, Times], dict[str, str]]:
-    """Times by name, and why those that are missing failed; every round takes a lap of each, in the order given."""
-    limits = limits or (GPU if device.type == "cuda" else CPU)
+    """Times by name, and why those that are missing failed; every round takes a lap of each, in the order given.
+
+    By the host's clock on a CPU, and elsewhere if `host` says so.
+    """
+    host = host or device.type != "cuda"
+    overwrite = None if host else _overwriter(device)
+    limits = limits or (CPU if device.type != "cuda" else BOTH if host else GPU)
     watches: dict[str, Watch] = {}
     failed: dict[str, str] = {}
 
@@ -154,25 +192,28 @@ def interleave(
                 torch.cuda.empty_cache()  # out of memory is the likeliest
 
     def laps() -> None:
-        for name, watch in list(watches.items()):
-            attempt(name, watch.lap)
+        for name, made in list(watches.items()):
+            attempt(name, made.lap)
+
+    def watch(call: Call) -> Watch:
+        return HostWatch(call, device) if host else DeviceWatch(call, overwrite)
 
     for name, call in calls.items():
-        attempt(name, lambda name=name, call=call: watches.update({name: _watch(call, device)}))  # type: ignore[misc]
+        attempt(name, lambda name=name, call=call: watches.update({name: watch(call)}))  # type: ignore[misc]
     start = time.perf_counter()
     while time.perf_counter() - start < limits.warm_seconds:
         laps()
-        if all(steady(watch.times.seconds) for watch in watches.values()):
+        if all(steady(made.times.seconds) for made in watches.values()):
             break
-    for watch in watches.values():
-        watch.times.seconds.clear()
-        watch.times.called.clear()
+    for made in watches.values():
+        for taken in (made.times.seconds, made.times.called, made.times.cold):
+            taken.clear()
     start = time.perf_counter()
     for done in range(limits.max_rounds):
         if done >= limits.min_rounds and time.perf_counter() - start > limits.seconds:
             break
         laps()
-    return {name: watch.times for name, watch in watches.items()}, failed
+    return {name: made.times for name, made in watches.items()}, failed
 
 
 def steady(seconds: list[float], laps: int = 3, within: float = 0.03) -> bool:
@@ -231,5 +272,24 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float] | 
 _ceilings: dict[tuple[torch.dtype, torch.device], tuple[float, float]] = {}
 
 
-def _watch(call: Call, device: torch.device) -> Watch:
-    return DeviceWatch(call) if device.type == "cuda" else HostWatch(call)
+def joules(call: Call, seconds: float, meter: Meter, device: torch.device) -> float:
+    """Joules a call, of calls back to back that take `seconds` each; the device's idle power is part of it."""
+    calls = max(1, math.ceil(ENERGY_SECONDS / seconds))
+    settle(device)
+    before = meter()
+    for _ in range(calls):
+        call()
+    settle(device)
+    return (meter() - before) / calls
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _overwriter(device: torch.device) -> Call:
+    """What writes twice as many bytes as the L2 cache holds, for which the device keeps them from now on."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_

@@ -7,15 +7,25 @@ import pytest
 import torch
 
 from fedmoe.config import Config, Data, Federation, Training
+from fedmoe.profiling.plugin import add_option, asked
 from fedmoe.reference import ReferenceEngine
 from tests.support import Command, Done, begin
 
 CPU = torch.device("cpu")
 
+pytest_plugins = ["fedmoe.profiling.plugin"]
+"""Where the project is installed, pytest has it already."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--benchmark`, for which the plugin is too late where a conftest names it."""
+    add_option(parser)
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing is timed unless that is asked for (--benchmark-only, --benchmark-enable): tests run on busy machines."""
-    config.option.benchmark_disable = not config.getoption("benchmark_only", False)
+    """Have pytest-benchmark, too, know that nothing is timed unless that is asked for: or it warns under xdist."""
+    if not asked(config):
+        config.option.benchmark_disable = True
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedmoe import bench
+from fedmoe import bench, benchprocess
 from fedmoe.errors import UsageError, UserError
 from fedmoe.profiling import environment, timing
-from fedmoe.profiling.bench import PROPERTY, Absent, Bench, Floor, Unavailable, _row, attempt
-from fedmoe.profiling.timing import GAPS, DeviceWatch, Limits, Times, interleave, memory, steady
+from fedmoe.profiling.bench import Absent, Bench, Floor, Unavailable, _row, attempt
+from fedmoe.profiling.bench_selection import Selection
+from fedmoe.profiling.plugin import PROPERTY
+from fedmoe.profiling.timing import GAPS, DeviceWatch, Limits, Times, interleave, joules, memory, steady
 from tests.support import ROOT
 
 CPU = torch.device("cpu")
@@ -53,8 +57,6 @@ def checkout(tmp_path: Path) -> Path:
     """A project with one suite, `sample`, of a good and a wrong benchmark."""
     folder = tmp_path / "tests" / "bench"
     folder.mkdir(parents=True)
-    names = "gpu_benchmark, pytest_collection_modifyitems, pytest_generate_tests"
-    (folder / "conftest.py").write_text(f"from fedmoe.profiling.bench import {names}\n")
     (folder / "test_sample_one.py").write_text(SAMPLE)
     return tmp_path
 
@@ -98,6 +100,22 @@ def test_row_has_median_and_shares() -> None:
     assert _row("x", times, None, None).gb_per_s is None
 
 
+def test_shares_are_of_the_time_with_a_cold_cache_where_that_is_known() -> None:
+    """Bytes in the cache need no memory, so that with a hot one a share of the memory's bandwidth means nothing."""
+    times = Times(calls=7, seconds=[1.0], called=[3.0], cold=[2.0, 4.0, 3.0])
+    row = _row("x", times, Floor(bytes=6 * 10**9, flops=3 * 10**12, dtype=torch.float32), (8e9, 2e12))
+    assert (row.median, row.cold) == (1.0, 3.0)
+    assert (row.gb_per_s, row.tflop_per_s, row.floor_share) == (2.0, 1.0, 0.5)
+
+
+def test_energy_is_that_of_many_calls() -> None:
+    calls: list[None] = []
+    used = joules(lambda: calls.append(None), 0.01, lambda: 3.0 * len(calls), CPU)
+    assert len(calls) == 50 and used == 3.0
+    joules(lambda: calls.append(None), 7.0, lambda: 0.0, CPU)
+    assert len(calls) == 51
+
+
 def test_memory_of_a_cpu_is_not_known() -> None:
     assert memory(lambda: torch.zeros(1000), CPU) is None
 
@@ -129,6 +147,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(0, cycles / 2e9))
+        self.cold = False  # whether what lies in the cache is of no use
 
     def wait(self) -> None:
         self.host = max(self.host, self.device)
@@ -136,6 +155,14 @@ class Gpu:
     def launch(self, queueing: float, work: float) -> None:
         self.host += queueing
         self.device = max(self.host, self.device) + work
+
+    def launch_reading(self, queueing: float, hot: float, cold: float) -> None:
+        self.launch(queueing, cold if self.cold else hot)
+        self.cold = False
+
+    def overwrite(self) -> None:
+        self.launch(5e-6, 25e-6)
+        self.cold = True
 
 
 def test_gaps_of_a_starved_gpu_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +172,32 @@ def test_gaps_of_a_starved_gpu_are_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert watch.times.seconds == pytest.approx([20e-6])
     assert watch.times.called == pytest.approx([101e-6], rel=0.01)  # the last one's work is not hidden
     assert watch.times.note == ""
+
+
+def test_calls_with_a_cold_cache_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    watch = DeviceWatch(lambda: gpu.launch_reading(100e-6, 20e-6, 70e-6), gpu.overwrite)
+    watch.lap()
+    assert watch.times.calls > 1
+    assert watch.times.seconds == pytest.approx([20e-6])
+    assert watch.times.cold == pytest.approx([70e-6])  # neither the overwriting nor the host's gaps
+    assert watch.times.note == ""
+
+
+def test_cold_lap_whose_host_falters_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, stalls = Gpu(monkeypatch), iter([0.0, 1.0])
+    watch = DeviceWatch(lambda: gpu.launch(100e-6, 20e-6), lambda: gpu.launch(next(stalls, 0.0), 25e-6))
+    watch.lap()
+    assert watch.times.cold == []
+    watch.lap()
+    assert watch.times.cold == pytest.approx([20e-6])
+
+
+def test_long_calls_have_no_cold_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    watch = DeviceWatch(lambda: gpu.launch(100e-6, 3e-3), gpu.overwrite)
+    watch.lap()
+    assert watch.times.calls == 1 and watch.times.cold == []
 
 
 def test_host_that_falters_is_given_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +222,25 @@ def test_variant_that_waits_for_the_gpu_is_noted(monkeypatch: pytest.MonkeyPatch
     assert watch.times.seconds == pytest.approx([120e-6])
 
 
-def made(enabled: bool = False) -> tuple[Bench, list[Any]]:
+class Fixture:
+    """As much of pytest-benchmark's as is used."""
+
+    name, fullname, group, extra_info = "test_made", "file::test_made", None, None
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+
+    def _make_stats(self, iterations: int) -> Any:
+        entry = SimpleNamespace(name=self.name, fullname=self.fullname, extra_info=self.extra_info, seconds=[])
+        entry.update = entry.seconds.append
+        self.entries.append(entry)
+        return entry
+
+
+def made(timed: bool = False, fixture: Any = None, **more: Any) -> tuple[Bench, list[Any]]:
     told: list[Any] = []
-    node: Any = SimpleNamespace(user_properties=told, name="test_made")
-    return Bench(SimpleNamespace(enabled=enabled), node, full=False), told
+    node: Any = SimpleNamespace(user_properties=told, name="test_made", nodeid="file::test_made")
+    return Bench(fixture or SimpleNamespace(), node, timed, **more), told
 
 
 def test_ordinary_tests_time_nothing() -> None:
@@ -191,9 +259,43 @@ def test_ordinary_tests_fail_with_a_variant_that_raises() -> None:
     assert told[0][1][0]["reason"] == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize(("enabled", "astray"), [(True, "ours, astray"), (False, "ours, astray"), (False, "another")])
-def test_variant_that_differs_fails_before_anything_is_timed(enabled: bool, astray: str) -> None:
-    ours, told = made(enabled)  # timing would need more of pytest-benchmark than there is here
+def test_times_that_a_benchmark_took_itself_become_rows_and_entries() -> None:
+    fixture = Fixture()
+    ours, told = made(True, fixture)
+    rows = ours.record({"slow": [4.0, 6.0, 5.0], "absent": Absent("why"), "fast": [1.0]})
+    assert [(row.status, row.median, row.relative) for row in rows] == [
+        ("timed", 5.0, 1.0),
+        ("absent", None, None),
+        ("timed", 1.0, 0.2),
+    ]
+    assert [row["variant"] for row in told[0][1]] == ["slow", "absent", "fast"]
+    entries = [(entry.name, entry.fullname, entry.seconds) for entry in fixture.entries]
+    assert entries == [
+        ("test_made slow", "file::test_made slow", [4.0, 6.0, 5.0]),
+        ("test_made fast", "file::test_made fast", [1.0]),
+    ]
+    assert fixture.entries[1].extra_info["relative"] == 0.2 and fixture.fullname == "file::test_made"
+    plain, _ = made(False)
+    assert [row.status for row in plain.record({"slow": []})] == ["ran"]
+
+
+def test_energy_of_each_variant_where_there_is_a_meter() -> None:
+    used = [0.0]
+
+    def costs(joules: float) -> Any:
+        return lambda: used.__setitem__(0, used[0] + joules)
+
+    fixture = Fixture()
+    ours, _ = made(True, fixture, meter=lambda: used[0])
+    rows = ours({"dear": costs(3.0), "cheap": costs(0.5)})
+    assert [row.energy_j for row in rows] == [pytest.approx(3.0), pytest.approx(0.5)]
+    assert [entry.extra_info["energy_j"] for entry in fixture.entries] == [row.energy_j for row in rows]
+    assert [row.energy_j for row in made(True, Fixture())[0]({"dear": costs(3.0)})] == [None]
+
+
+@pytest.mark.parametrize(("timed", "astray"), [(True, "ours, astray"), (False, "ours, astray"), (False, "another")])
+def test_variant_that_differs_fails_before_anything_is_timed(timed: bool, astray: str) -> None:
+    ours, told = made(timed)  # timing would need more of pytest-benchmark than there is here
 
     def check(expected: int, actual: int) -> None:
         assert expected == actual, "not the same"
@@ -263,6 +365,76 @@ def test_command_fails_with_a_wrong_variant(checkout: Path, capsys: pytest.Captu
     assert "wrong: differs from first: AssertionError: not the same" in capsys.readouterr().out
 
 
+BOTH = ("cpu", "cuda")
+
+
+def ended(checkout: Path, selection: Selection) -> dict[str, dict[str, Any]]:
+    """What became of each benchmark of the sample."""
+    files = [checkout / "tests" / "bench" / "test_sample_one.py"]
+    told = [event for event in benchprocess.events(checkout, files, selection) if event["event"] == "end"]
+    assert len(told) == len({event["name"] for event in told})
+    return {event["name"]: event for event in told}
+
+
+def test_benchmark_beyond_its_limit_is_left_out_and_others_go_on(checkout: Path) -> None:
+    """Ended with all it has started, and what it has measured is not shown."""
+    pytest.importorskip("pytest_benchmark")
+    (checkout / "tests" / "bench" / "test_sample_one.py").write_text(f"""{SAMPLE}
+import pathlib, subprocess
+def test_endless(gpu_benchmark):
+    gpu_benchmark({{"quick": lambda: 1}})
+    child = subprocess.Popen(["sleep", "600"])
+    pathlib.Path("child.pid").write_text(str(child.pid))
+    child.wait()
+""")
+    limits = {"endless": 5.0, "odd": 1000.0}
+    outcomes = ended(checkout, Selection(limits=dict.fromkeys(BOTH, limits)))
+    assert {name: event["outcome"] for name, event in outcomes.items()} == {"endless": "left out", "odd": "passed"}
+    assert outcomes["endless"]["reason"] == "not done within its limit of 5 s" and outcomes["endless"]["rows"] == []
+    state = Path(f"/proc/{(checkout / 'child.pid').read_text()}/stat")
+    for _ in range(100):  # until the signal has come through; who buries it is not our business
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("what the benchmark had started still runs")
+
+
+def test_benchmark_that_may_need_more_than_is_left_does_not_begin(checkout: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    limits = {"wrong": 10_000.0, "odd": 100.0}
+    outcomes = ended(checkout, Selection(limits=dict.fromkeys(BOTH, limits), ends=time.monotonic() + 5000))
+    assert {name: event["outcome"] for name, event in outcomes.items()} == {"wrong": "left out", "odd": "passed"}
+    assert re.match(r"it may take 10000 s, of the time there are \d+ s left$", outcomes["wrong"]["reason"])
+
+
+def test_time_that_is_up_before_anything_began_is_one_line(checkout: Path) -> None:
+    with pytest.raises(UserError, match=r"^the time was up before the first benchmark: give --budget-seconds more$"):
+        ended(checkout, Selection(ends=time.monotonic()))
+
+
+def test_time_that_is_up_leaves_out_what_runs_and_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(benchprocess, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    watch = benchprocess._Watch(Selection(limits={"cpu": {"a": 50, "b": 70, "c": 10}}, ends=200.0))
+    assert watch.until == 200
+    assert watch.hear({"event": "environment", "device": "cpu"})
+    assert watch.hear({"event": "collected", "chosen": ["a", "b", "c"]})
+    watch.hear({"event": "begin", "name": "a"})
+    assert watch.until == 150  # its own limit comes first
+    watch.hear({"event": "end", "name": "a"})
+    assert watch.until == 200
+    clock[0] = 140.0
+    watch.hear({"event": "begin", "name": "b"})
+    assert watch.until == 200
+    assert not watch.hear({"event": "collected", "chosen": ["b", "c"]})  # another process, for what is left
+    clock[0] = 200.0
+    assert [(event["name"], event["outcome"], event["reason"]) for event in watch.late()] == [
+        ("b", "left out", "the time was up before it was done"),
+        ("c", "left out", "the time was up before it began"),
+    ]
+
+
 def test_command_names_a_file_that_cannot_be_read(checkout: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     (checkout / "tests" / "bench" / "test_sample_one.py").write_text("import nothing_of_that_name\n")
@@ -273,7 +445,7 @@ def test_command_names_a_file_that_cannot_be_read(checkout: Path) -> None:
 def test_what_cannot_be_run_is_one_line(
     checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match=r"^unknown suite 'samples', expected one of: sample$"):
+    with pytest.raises(UsageError, match=r"^unknown suite 'samples', expected one of: sample, acceptance$"):
         bench.run("samples", "", None, None, checkout)
     with pytest.raises(UserError, match=r"^there are no benchmarks in .*works in a checkout, not from a wheel$"):
         bench.run("sample", "", None, None, tmp_path_factory.mktemp("wheel"))
@@ -281,8 +453,10 @@ def test_what_cannot_be_run_is_one_line(
         bench.run("sample", "", checkout / "nowhere" / "out.json", None, checkout)
     with pytest.raises(UserError, match=r"is a folder, expected the name of a file$"):
         bench.run("sample", "", None, checkout, checkout)
+    with pytest.raises(UsageError, match=r"^--budget-seconds is 0, must be more than 0$"):
+        bench.run("sample", "", None, None, checkout, budget=0)
     with monkeypatch.context() as patched:
-        patched.setattr(bench, "PYTEST", (*bench.PYTEST, "--no-such-option"))
+        patched.setattr(benchprocess, "PYTEST", [*benchprocess.PYTEST, "--no-such-option"])
         with pytest.raises(UserError, match=r"code 4: .*error: unrecognized arguments: --no-such-option$"):
             bench.run("sample", "", None, None, checkout)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

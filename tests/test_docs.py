@@ -1,8 +1,11 @@
 """Every command that the README and the guide show works as shown."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,11 @@ def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
             done = Command(tmp_path, *words).wait()
             assert done.code == 0, (words, done)
             ran += 1
+        elif program == "pytest":  # which has our plugin where the project is installed
+            env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-m", "pytest", "-p", "fedmoe.profiling.plugin", *words]
+            done_ = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert done_.returncode == 0 and "test_scale twice" in done_.stdout, done_.stdout + done_.stderr
         else:  # the two commands of a fresh machine, and entering their environment
             assert program in ("make", ".")
     assert ran >= 3

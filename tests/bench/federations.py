@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedmoe.config import Config, Data, Federation, Partition
+from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.seam import Engine, Job
 from fedmoe.engine.step import How
 from fedmoe.profiling.bench import Absent, Bench, Call
@@ -49,11 +50,25 @@ def a_round(config: Config, made: Engine, epochs: int = 1) -> Call:
     return call
 
 
+def steps_of(made: DeviceEngine, client: int) -> Call:
+    """The steps of an epoch of the client's, on whoever is where it trains; after a round in one lane."""
+    member, rooms = made.site.roster[client][0], made.lanes[0].rooms
+    step = rooms[client % len(rooms)].steps[member.architecture]
+    size, count = member.batch_size, member.training // member.batch_size
+    order = member.samples[: size * count].view(count, size)
+
+    def call() -> None:
+        for _ in step.epoch(order):
+            pass
+
+    return call
+
+
 def rounds_of(
     bench: Bench,
     config: Config,
     run: Path,
-    ways: Mapping[str, dict[str, Any]],
+    ways: Mapping[str, dict[str, Any] | Absent],
     first: Mapping[str, Engine] | None = None,
     epochs: int = 1,
 ) -> None:
@@ -62,15 +77,18 @@ def rounds_of(
     variants: dict[str, Call | Absent] = {name: a_round(config, made, epochs) for name, made in (first or {}).items()}
     with ExitStack() as stack:
         for name, way in ways.items():
+            if isinstance(way, Absent):
+                variants[name] = way
+                continue
             options = {"how": fastest, "device": bench.device.type, "folder": f"store-{name}", **way}
             made = stack.enter_context(engine(config, run, **options))
             variants[name] = a_round(config, made, epochs)
         bench(variants)
 
 
-def plain(config: Config, run: Path, device: torch.device, fused: bool) -> Engine:
-    """The plain loop, with PyTorch's default SGD or its fused one."""
-    made = ReferenceEngine(config, run, device)
+def plain(config: Config, run: Path, device: torch.device, fused: bool) -> ReferenceEngine:
+    """The plain loop, in PyTorch's operators alone, with its default SGD or its fused one."""
+    made = ReferenceEngine(changed(config, engine={"kind": "reference"}), run, device)
     for client in range(config.federation.clients) if fused else ():
         opened, t = made.client(client), config.training
         opened.optimizer = torch.optim.SGD(

@@ -13,7 +13,7 @@ import pytest
 from fedmoe.config import Config
 from fedmoe.engine.step import How
 from fedmoe.profiling.bench import Absent, Bench, Call
-from tests.bench.federations import a_round, federation, plain
+from tests.bench.federations import a_round, federation, plain, steps_of
 from tests.engines import engine
 from tests.support import begin
 
@@ -59,13 +59,10 @@ def test_bookkeeping(gpu_benchmark: Bench, config: Config, tmp_path: Path) -> No
     with engine(config, run, how, bench.device.type) as made:
         whole = a_round(config, made)
         whole()
+        alone = [steps_of(made, client) for client in range(CLIENTS)]
 
         def steps() -> None:
-            for client in range(CLIENTS):
-                member, rooms = made.site.roster[client][0], made.lanes[0].rooms
-                step = rooms[client % len(rooms)].steps[member.architecture]
-                size, count = member.batch_size, member.training // member.batch_size
-                for _ in step.epoch(member.samples[: size * count].view(count, size)):
-                    pass
+            for client in alone:
+                client()
 
         bench({"steps alone": steps, "round": whole})

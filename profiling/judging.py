@@ -1,0 +1,163 @@
+"""Verdicts on numbers to reach, as pure functions of benchmarks' rows.
+
+Rows are as `fedmoe.profiling.bench.Row` has them, as dictionaries. A ratio is shown with its noise: the half ranges of
+the middle halves of both times, as independent errors.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
+"""By variant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was measured, in words, and whether that is enough."""
+
+    figure: str
+    reached: bool
+
+
+class Unmeasured(Exception):
+    """Says why rows do not tell whether a number is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Judges the rows of some benchmarks, by their names; raises Unmeasured where they do not tell."""
+
+    variants: Sequence[str]
+    """Those whose rows it reads; a benchmark has them all, if only to say why one is absent."""
+    find: Callable[[Mapping[str, Rows]], Finding]
+
+
+def faster(ours: Sequence[str], than: Sequence[str], least: float, key: str = "called") -> Judge:
+    """At least so many times faster: the fastest of ours, than the fastest of those others that ran; in the worst case.
+
+    `key`: "called", with launches, as a loop has it, or "median", the device's time.
+    """
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        found = {}
+        for name, rows in results.items():
+            mine, other = _fastest(rows, ours, key), _fastest(rows, than, key)
+            whose = f"{mine} against {other}{f', {name}' if len(results) > 1 else ''}"
+            found[_seconds(rows[other], key) / _seconds(rows[mine], key)] = _noise(rows[mine], rows[other]), whose
+        worst = min(found)
+        noise, whose = found[worst]
+        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose})", worst >= least)
+
+    return Judge((*ours, *than), find)
+
+
+def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "called") -> Judge:
+    """At most so much of the time that the fastest of others takes."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        mine, other = _fastest(rows, ours, key), _fastest(rows, of, key)
+        share = _seconds(rows[mine], key) / _seconds(rows[other], key)
+        noise = share * _noise(rows[mine], rows[other])
+        return Finding(f"{share:.3f}× ± {noise:.3f} ({mine} against {other})", share <= most)
+
+    return Judge((*ours, *of), find)
+
+
+def outside(part: str, whole: str, most: float, key: str = "called") -> Judge:
+    """At most so much of the whole's time is not the part's."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        inside = _seconds(_timed(rows, part), key) / _seconds(_timed(rows, whole), key)
+        noise = inside * _noise(rows[part], rows[whole])
+        return Finding(f"{1 - inside:.2%} ± {noise:.2%} ({whole} against {part})", 1 - inside <= most)
+
+    return Judge((part, whole), find)
+
+
+def within(ours: str, most: float, key: str = "called") -> Judge:
+    """At most so many seconds, in the worst case."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        taken = {name: _seconds(_timed(rows, ours), key) for name, rows in results.items()}
+        worst = max(taken, key=lambda name: taken[name])
+        shown = f"{taken[worst]:.2f} s" if taken[worst] >= 1 else f"{taken[worst] * 1e6:,.1f} µs"
+        return Finding(f"{shown}{f' ({worst})' if len(taken) > 1 else ''}", taken[worst] <= most)
+
+    return Judge((ours,), find)
+
+
+def all_beaten(ours: str, aside: Sequence[str]) -> Judge:
+    """Faster than every other variant that ran, but for more of ours and those `aside`; the absent ones are named."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        others = [variant for variant in rows if not variant.startswith("ours") and variant not in aside]
+        ran = [variant for variant in others if rows[variant]["status"] == "timed"]
+        best = _fastest(rows, ran, "median")
+        ratio = _seconds(rows[best], "median") / _seconds(_timed(rows, ours), "median")
+        absent = ", ".join(variant for variant in others if variant not in ran)
+        return Finding(f"{ratio:.2f}× the fastest, {best}{f'; not there: {absent}' if absent else ''}", ratio > 1)
+
+    return Judge((ours, *aside), find)
+
+
+def memory(ours: str, most: float) -> Judge:
+    """At most so many bytes at its peak."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        peak = _timed(rows, ours)["peak_bytes"]
+        if peak is None:
+            raise Unmeasured(f"{ours}: its memory is not known here")
+        return Finding(f"{peak / 1e9:.2f} GB", peak <= most)
+
+    return Judge((ours,), find)
+
+
+def projected(first: str, later: str, times: int, most: float) -> Judge:
+    """Less than so many seconds for a run of which the first part was taken, and some of `times` later ones.
+
+    These are alike; their median stands for those that were not run.
+    """
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        begun, each = _seconds(_timed(rows, first), "median"), _seconds(_timed(rows, later), "median")
+        whole = begun + times * each
+        return Finding(f"{whole:.1f} s, projected: {begun:.2f} s, then {times} × {each:.2f} s", whole < most)
+
+    return Judge((first, later), find)
+
+
+def _seconds(row: Row, key: str) -> float:
+    """On a CPU, and by the host's clock, a call's time is its median."""
+    return float(row["median"] if row[key] is None else row[key])
+
+
+def _noise(*rows: Row) -> float:
+    """Of a ratio of their times, relatively."""
+    return math.hypot(*((row["quartiles"][1] - row["quartiles"][0]) / 2 / row["median"] for row in rows))
+
+
+def _timed(rows: Rows, variant: str) -> Row:
+    if variant not in rows:
+        raise Unmeasured(f"there is no variant {variant!r}")
+    row = rows[variant]
+    if row["status"] != "timed":
+        raise Unmeasured(f"{variant}: {row['status']}{': ' * bool(row['reason'])}{row['reason']}")
+    return row
+
+
+def _fastest(rows: Rows, variants: Sequence[str], key: str) -> str:
+    """Of the variants that were timed; what is wrong with the first where none was."""
+    if not variants:
+        raise Unmeasured("there is nothing to compare with")
+    timed = [variant for variant in variants if variant in rows and rows[variant]["status"] == "timed"]
+    if not timed:
+        _timed(rows, variants[0])
+    return min(timed, key=lambda variant: _seconds(rows[variant], key))
