@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedmoe.engine.ranges import phase
+
 
 class Tier(IntEnum):
     """Where a block lives, from fast to slow."""
@@ -212,11 +214,12 @@ def copy(source: Tensor, target: Tensor, stream: torch.cuda.Stream | None, *buff
     if stream is None or (source.is_cpu and target.is_cpu):
         for event in before:
             event.synchronize()
-        target.copy_(source)
+        with phase("copy"):
+            target.copy_(source)
         return Done()
     for event in before:
         stream.wait_event(event)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), phase("copy"):
         target.copy_(source, non_blocking=True)
     done = stream.record_event()
     for buffer in buffers:

@@ -12,6 +12,7 @@ from fedmoe.engine.blocks import Handle
 from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.lane import Lane, Turns
 from fedmoe.engine.member import Federation
+from fedmoe.engine.ranges import phase
 from fedmoe.engine.rooms import Site
 from fedmoe.engine.roster import Roster
 from fedmoe.engine.samples import Loader
@@ -156,7 +157,8 @@ class DeviceEngine:
         """Let the lane do some steps, up to a result or what it must wait for: whether it has ended, and the result."""
         with work.lane.entered():
             if work.waits is not None:
-                work.waits.synchronize()
+                with phase("waiting"):
+                    work.waits.synchronize()
                 work.waits = None
             for count, turn in enumerate(work.turns, 1):
                 if isinstance(turn, tuple):

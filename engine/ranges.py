@@ -7,9 +7,10 @@ from typing import Protocol
 
 PHASES = (
     "round", "client", "transfer in", "transfer out", "step", "batch", "global", "local", "gate", "header", "backward",
-    "optimizer", "averaging", "evaluation",
+    "optimizer", "averaging", "evaluation", "copy", "waiting",
 )  # fmt: skip
-"""`global`, `local` and `gate` are the branches of FedMoE's program; another program's are named as it names them."""
+"""`global`, `local` and `gate` are the branches of FedMoE's program; another program's are named as it names them.
+`copy` is of a client's state, on the stream that it takes; `waiting` is the host's, for the device."""
 
 
 class Observer(Protocol):

@@ -162,11 +162,11 @@ def measured(client: Client) -> tuple[int, tuple[str, ...]]:
     return total // len(x), tuple(unused)
 
 
-load_data = lru_cache(maxsize=1)(data.load)
-"""The data set, read once for all clients of a process."""
+load_data = lru_cache(maxsize=2)(data.load)
+"""The data set, read once for all clients of a process; two, so that two runs can be compared."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _split(path: Path, written: int) -> partition.Split:
     """The split, read once for all clients of a run; `written` tells a new file of the same name from the old."""
     return partition.Split.load(path)

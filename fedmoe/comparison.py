@@ -1,6 +1,7 @@
 """`fedmoe profile --compare A B`: rounds of two configurations in turns, and which differences exceed the noise."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -8,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +18,7 @@ from fedmoe.display import Output
 from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.ranges import observed
 from fedmoe.errors import UsageError
-from fedmoe.profiler import Subject, check, subject
+from fedmoe.profiler import Subject, check, measuring, subject
 from fedmoe.profiling.compare import FEWEST, Difference, differences
 from fedmoe.profiling.spans import ELSEWHERE, Recorder
 
@@ -32,22 +32,20 @@ def run(configs: tuple[Config, Config], rounds: int, warmup: int, as_json: bool)
     for config in configs:
         check(config)
     console = Output(stderr=as_json)
-    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()
     found: tuple[list[dict[str, float]], list[dict[str, float]]] = [], []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-compare-")))
+    here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
+    with measuring(console, here) as (folder, progress), ExitStack() as stack:
         both = [
             stack.enter_context(subject(config, folder / name)) for config, name in zip(configs, NAMES, strict=True)
         ]
-        shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        task = stack.enter_context(shown).add_task("warming up", total=warmup + rounds)
+        task = progress.add_task("warming up", total=warmup + rounds)
         for number in range(warmup + rounds):
             # The one that goes first may find caches cold or clocks high: each in turn.
             for k in (0, 1) if number % 2 else (1, 0):
-                taken = _round(both[k])
+                taken = _round(both[k], (number - warmup + 1) % both[k].config.evaluation.every == 0)
                 if number >= warmup:
                     found[k].append(taken)
-            shown.update(task, description=f"round {number + 1 - warmup} of {rounds}", advance=1)
+            progress.update(task, description=f"round {number + 1 - warmup} of {rounds}", advance=1)
     made = differences(*found)
     changed = list(_changes(*configs))
     if as_json:
@@ -57,13 +55,13 @@ def run(configs: tuple[Config, Config], rounds: int, warmup: int, as_json: bool)
     _print(console, changed, made, rounds)
 
 
-def _round(one: Subject) -> dict[str, float]:
+def _round(one: Subject, evaluated: bool) -> dict[str, float]:
     """The next round of it: seconds by name, and samples a second."""
     planning.device(one.config, one.config.run.threads)  # threads and determinism are the whole process's
     allow_tf32(one.engine.site.how.precision == "tf32")
     recorder = Recorder(one.device)
     with observed(recorder):
-        line = one.round()
+        line = one.round(evaluated)
     if one.device.type == "cuda":
         torch.cuda.synchronize()
     seconds, samples = line["seconds"], sum(line["clients"]["samples"])

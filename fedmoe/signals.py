@@ -28,3 +28,14 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     finally:
         for number in taken:
             signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Within the block those signals raise KeyboardInterrupt, so that what was begun is put in order."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with handling(stop):
+        yield

@@ -17,11 +17,16 @@ def find(profile: Profile) -> list[Finding]:
     found = sorted(_all(profile), key=lambda finding: -finding.share)
     if found:
         return found
-    text = f"nothing stands out: {profile.share('step', *STEP):.0%} of the round are steps"
-    return [Finding("nothing", text, 0.0, {"steps": profile.share("step", *STEP)})]
+    steps = _in_steps(profile)
+    return [Finding("nothing", f"nothing stands out: {steps:.0%} of the round are steps", 0.0, {"steps": steps})]
 
 
 STEP = ("global", "local", "gate", "header", "backward", "optimizer")
+
+
+def _in_steps(p: Profile) -> float:
+    """Share of the rounds: of a GPU's time, where the host only launches them."""
+    return p.share("step", "batch", *STEP) if p.device is None else p.device.busy
 
 
 def _all(p: Profile) -> Iterator[Finding]:
@@ -40,9 +45,10 @@ def _transfers(p: Profile) -> Iterator[Finding]:
         files = p.transfers.file_seconds / sum(p.observed_seconds)
         moved = sum(p.transfers.bytes.values())
         where = "engine.host_memory_mb" if p.device is None or files > share / 2 else "engine.device_memory_mb"
+        cure = f"give them more memory ({where})" if moved else "longer rounds (federation.epochs) spread it"
         text = (
-            f"{share:.0%} of the round is waiting for clients' states ({files:.0%} for files), of which "
-            f"{moved / 1e6:,.0f} MB came and went: give them more memory ({where})"
+            f"{share:.0%} of the round is waiting for clients' states ({files:.0%} for files), "
+            f"{moved / 1e6:,.0f} MB of which came from another tier or went there: {cure}"
         )
         yield Finding("transfer", text, share, {"share": share, "files": files, "bytes": float(moved)})
 
@@ -52,7 +58,7 @@ def _data(p: Profile) -> Iterator[Finding]:
     inside = next((r for r in p.ranges if r.phase == "batch" and r.source == "uncaptured"), None)
     if inside is not None and inside.device_seconds is not None:
         step = sum(r.device_seconds or 0 for r in p.ranges if r.source == "uncaptured")
-        share = p.share("step") * inside.device_seconds / step if step else 0.0
+        share = _in_steps(p) * inside.device_seconds / step if step else 0.0
     if share >= NOTABLE:
         on_host = p.plan.get("data") == "host" and p.device is not None
         cure = 'keep the samples on the device (engine.data = "device")'
@@ -87,10 +93,19 @@ def _bookkeeping(p: Profile) -> Iterator[Finding]:
 
 
 def _evaluation(p: Profile) -> Iterator[Finding]:
-    share = sum(r.evaluate_seconds for r in p.rounds) / sum(r.seconds for r in p.rounds)
+    seen = [r.evaluate_seconds for r in p.rounds if r.evaluated]
+    if not seen:
+        return
+    every = int(p.config.get("evaluation.every", 1))
+    once = sum(seen) / len(seen) / every
+    share = once / (once + sum(r.seconds - r.evaluate_seconds for r in p.rounds) / len(p.rounds))
     if share >= 0.3:
-        text = f"{share:.0%} of the rounds is evaluation: evaluate less often (evaluation.every) or fewer clients"
-        yield Finding("evaluation", text, share, {"share": share})
+        often = f"every {every} rounds" if every > 1 else "every round"
+        text = (
+            f"{share:.0%} of a run is evaluation, {often}: evaluate less often (evaluation.every) or fewer clients "
+            "(evaluation.clients)"
+        )
+        yield Finding("evaluation", text, share, {"share": share, "every": every})
 
 
 def _device(p: Profile) -> Iterator[Finding]:
@@ -98,10 +113,14 @@ def _device(p: Profile) -> Iterator[Finding]:
         return
     idle = 1 - p.device.busy
     if idle >= 0.1:
-        text = f"the GPU runs no step for {idle:.0%} of the round: more lanes or larger cohorts (engine.lanes, .cohort)"
+        cure = "more lanes or larger cohorts (engine.lanes, engine.cohort)"
+        text = f"no step is under way on the GPU for {idle:.0%} of the round: {cure}"
         yield Finding("idle", text, idle, {"idle": idle})
-    if p.device.overlap is not None and p.device.overlap < 0.5 and p.plan.get("streams"):
-        text = f"the experts overlap for {p.device.overlap:.0%} of the shorter one's time: each fills the GPU by itself"
+    if p.device.overlap is not None and p.device.overlap < 0.5 and p.plan.get("streams") and not p.plan.get("graphs"):
+        text = (
+            f"the experts overlap for {p.device.overlap:.0%} of the shorter one's time: each fills the GPU by itself, "
+            "or the host launches them too slowly, which graphs would cure (engine.graphs)"
+        )
         yield Finding("overlap", text, 0.0, {"overlap": p.device.overlap})
 
 

@@ -26,11 +26,6 @@ class Operator:
     bytes: int = 0
     """Inputs read once and outputs written once."""
 
-    @property
-    def intensity(self) -> float:
-        """FLOPs a byte."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
 
 class Operators(TorchDispatchMode):
     """Within it every operator is timed by itself: on a GPU the host waits for each, so together they are slower."""

@@ -1,5 +1,6 @@
 """Tries out steps of an engine's clients, away from their rooms: operator by operator, and with larger batches."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,10 @@ from fedmoe.engine.step import Step
 from fedmoe.profiling.operators import Operators
 from fedmoe.profiling.profile import BatchSize
 
-LONGEST = 5.0
+LAPS = 5
+STEPS = {"cpu": 2, "cuda": 20}
+"""Steps that are timed at once."""
+LONGEST = 2.0
 """Seconds of a step from which no larger batch is tried."""
 
 
@@ -40,21 +44,26 @@ def operators(engine: DeviceEngine, clients: Sequence[int]) -> Operators:
 
 
 def batch_sizes(engine: DeviceEngine, client: int, factors: Sequence[int] = (1, 2, 4, 8)) -> list[BatchSize]:
-    """What a step takes with batches so many times as large, as far as memory and patience go."""
-    own, found = engine.site.roster[client][0].batch_size, []
+    """What a step takes with batches so many times as large, in turns, as far as samples, memory and patience go."""
+    member = engine.site.roster[client][0]
+    sizes = [factor * member.batch_size for factor in factors if factor * member.batch_size <= member.training]
+    taken: dict[int, list[float]] = {}
     with globals_kept():
-        try:
-            step = _step(engine, client, graphs=engine.site.how.graphs)
-            for factor in factors:
-                _take(engine, client, step, 2, factor * own)
-                seconds = sorted(_take(engine, client, step, 3, factor * own) for _ in range(3))[1]
-                found.append(BatchSize(factor * own, seconds))
-                if seconds > LONGEST:
+        step = _step(engine, client, graphs=engine.site.how.graphs)
+        for lap in range(LAPS + 1):
+            for size in sizes:
+                try:
+                    seconds = _take(engine, client, step, STEPS[engine.site.device.type], size)
+                except torch.OutOfMemoryError:
+                    sizes = sizes[: sizes.index(size)]
+                    taken.pop(size, None)
                     break
-        except torch.OutOfMemoryError:
-            if not found:
-                raise
-    return found
+                if lap:  # the first warms up
+                    taken.setdefault(size, []).append(seconds)
+                elif seconds > LONGEST:
+                    sizes = sizes[: sizes.index(size) + 1]
+                    break
+    return [BatchSize(size, statistics.median(found)) for size, found in taken.items() if size in sizes]
 
 
 def _step(engine: DeviceEngine, client: int, graphs: bool) -> Step:

@@ -26,6 +26,7 @@ class Round:
     """Trained on."""
     flops: float
     """Of training, as counted for matrix products and convolutions."""
+    evaluated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,10 @@ class DeviceUse:
     """What the device did in the observed rounds."""
 
     busy: float
-    """Share of the time in which a step ran on some stream."""
+    """Share of the time in which a step was under way on some stream; gaps between its kernels are in it."""
     overlap: float | None
-    """Share of the shorter expert's time in which the other ran, too; None where they did not run apart."""
+    """Share of the shorter expert's time in which the other was under way, too; where steps are replayed as graphs, of
+    the run without, in which the host may launch them too slowly to overlap. None where they were not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class Transfers:
     bytes: dict[str, int]
     """By tier and direction, as `host in`: from host memory to the device."""
     seconds: float
-    """In which training waited for them: on a GPU on the device's clock, else on the host's."""
+    """In which training waited for them and no step was under way: on a GPU on the device's clock, else the host's."""
+    copying: float
+    """In which some copy was under way; what was not waited for was hidden."""
     file_seconds: float
     """Of the host, waiting for files."""
 
@@ -192,16 +196,19 @@ def ranges(recorder: Recorder, uncaptured: Recorder | None = None) -> list[Range
 
     The host's shares are then still those of the first: what is inside the graphs is in its `step`.
     """
-    total = sum(seconds for phase, seconds in recorder.exclusive.items() if phase != ELSEWHERE)
+    host = {phase: seconds for phase, seconds in recorder.exclusive.items() if phase != ELSEWHERE}
+    if uncaptured is not None:  # what was heard of them was a capture, or a step that is not replayed
+        host["step"] = host.get("step", 0.0) + sum(host.pop(phase, 0.0) for phase in IN_STEP)
+    total = sum(host.values())
     found: list[Range] = []
-    for source, phases in ((recorder, recorder.exclusive), (uncaptured, IN_STEP)):
+    for source, phases in ((recorder, tuple(host)), (uncaptured, IN_STEP)):
         for phase in phases if source is not None else ():
             spans = [span for span in source.spans if span.phase == phase]  # type: ignore[union-attr]
-            if phase == ELSEWHERE or not spans or phase in (r.phase for r in found):
+            if not spans:
                 continue
             on_device = [end - start for start, end in (span.device for span in spans if span.device)]
             own = source is recorder
-            seconds = recorder.exclusive[phase] if own else 0.0
+            seconds = host[phase] if own else 0.0
             found.append(
                 Range(
                     phase,
@@ -219,6 +226,16 @@ def step_seconds(recorder: Recorder) -> list[float]:
     """Of training, not of evaluation; on the device where that is known."""
     steps = [span for span in recorder.spans if span.phase == "step" and "evaluation" not in span.within]
     return [span.device[1] - span.device[0] if span.device else span.seconds for span in steps]
+
+
+def transfers(recorder: Recorder, moved: dict[str, int], file_seconds: float) -> Transfers:
+    """Of the observed rounds: bytes moved by tier and direction, and seconds that the host waited for files."""
+
+    def of(*phases: str) -> list[tuple[float, float]]:
+        return [span.device or (span.start, span.end) for span in recorder.spans if span.phase in phases]
+
+    waits, steps = of("transfer in", "transfer out"), of("step")
+    return Transfers(moved, covered(waits) - overlap(waits, steps), covered(of("copy")), file_seconds)
 
 
 def device_use(recorder: Recorder, uncaptured: Recorder | None = None) -> DeviceUse | None:

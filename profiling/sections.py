@@ -98,7 +98,7 @@ class Sections:
             more += "" if e.source == "counter" else f"; {_words(e.source)}"
             yield f"{e.of.upper()} energy a round", scaled(e.joules_a_round, "J"), more
         if p.device:
-            yield "device busy", percent(p.device.busy), "of the observed rounds a step ran"
+            yield "device busy", percent(p.device.busy), "of the observed rounds a step was under way"
             if p.device.overlap is not None:
                 yield "experts overlap", percent(p.device.overlap), "of the shorter one's time"
         if p.observed_seconds and rounds:

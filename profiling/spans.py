@@ -26,7 +26,7 @@ class Span:
     stream: int = 0
     """Of the device, the one that was current; 0 is the default stream, or none."""
     device: tuple[float, float] | None = None
-    """Begin and end there, in seconds since the recorder began; None on a CPU."""
+    """Begin and end there, in seconds by the recorder's clock, as near as that is known; None on a CPU."""
 
     @property
     def seconds(self) -> float:
@@ -51,8 +51,10 @@ class Recorder:
         self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}  # by the span's place
         self._lock = threading.Lock()
         if self._gpu:
+            torch.cuda.synchronize()
             self._zero = torch.cuda.Event(enable_timing=True)
             self._zero.record()
+        self._began = clock()
 
     def begin(self, phase: str, lane: int) -> None:
         """A phase begins."""
@@ -88,7 +90,8 @@ class Recorder:
         for span in self.spans:
             if id(span) in self._events:
                 start, end = self._events.pop(id(span))
-                span.device = (self._zero.elapsed_time(start) / 1e3, self._zero.elapsed_time(end) / 1e3)
+                passed = (self._zero.elapsed_time(event) / 1e3 for event in (start, end))
+                span.device = (self._began + next(passed), self._began + next(passed))
 
     def _pass(self, thread: int, now: float, phase: str) -> None:
         """The thread is in `phase` from now on."""

@@ -14,7 +14,7 @@ Series = tuple[Sequence[float], Sequence[float | None]]
 
 
 def events(spans: Iterable[Span], series: Mapping[str, Series] | None = None) -> str:
-    """JSON of spans, and of quantities over time, in seconds by one clock; times on the device begin with its own."""
+    """JSON of spans, and of quantities over time, all in seconds by one clock."""
     spans = sorted(spans, key=lambda span: span.start)
     zero = spans[0].start if spans else 0.0
     made: list[dict[str, Any]] = []
@@ -29,7 +29,7 @@ def events(spans: Iterable[Span], series: Mapping[str, Series] | None = None) ->
         made.append(_complete(span.phase, HOST, span.lane, span.start - zero, span.seconds))
         if span.device:
             start, end = span.device
-            made.append(_complete(span.phase, DEVICE, streams.index(span.stream), start, end - start))
+            made.append(_complete(span.phase, DEVICE, streams.index(span.stream), start - zero, end - start))
     for name, (seconds, values) in (series or {}).items():
         for at, value in zip(seconds, values, strict=True):
             if value is not None:

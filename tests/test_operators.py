@@ -38,7 +38,6 @@ def test_flops_and_bytes_of_a_product() -> None:
     assert (product.calls, product.seconds) == (3, 3) and product.shapes == "float32[20, 30] float32[30, 40]"
     assert product.flops == 3 * 2 * 20 * 30 * 40
     assert product.bytes == 3 * 4 * (20 * 30 + 30 * 40 + 20 * 40)
-    assert product.intensity == pytest.approx(product.flops / product.bytes)
     assert found["relu_"].flops == 0 and found["relu_"].bytes == 3 * 4 * 20 * 40  # the same memory, once
 
 

@@ -77,7 +77,7 @@ def minimal() -> Profile:
         steps=[],
         ranges=[],
         device=None,
-        transfers=Transfers({}, 0.0, 0.0),
+        transfers=Transfers({}, 0.0, 0.0, 0.0),
         memory=[],
         meters={},
         missing={},
@@ -109,7 +109,7 @@ def full() -> Profile:
             Range("backward", 300, 0.0, 0.0, 0.3, "uncaptured"),
         ],
         device=DeviceUse(0.87, 0.42),
-        transfers=Transfers({"host in": 48_300_000, "file in": 0}, 0.044, 0.0),
+        transfers=Transfers({"host in": 48_300_000, "file in": 0}, 0.044, 0.09, 0.0),
         memory=[Memory("samples", 1_423_224, "device"), Memory("momentum", 16_000_000, "host")],
         meters={
             "gpu_power": {"unit": "W", "mean": 612.3, "max": 699.8, "description": "of the board"},
@@ -210,7 +210,7 @@ def test_hostile_names_are_only_text() -> None:
     p.findings = [Finding(HOSTILE, HOSTILE, 0.1, {HOSTILE: 2.0})]
     p.meters = {HOSTILE: {"unit": HOSTILE, HOSTILE: 1.0, "what": HOSTILE, "flags": {HOSTILE: 0.5}}}
     p.energy = [Energy(HOSTILE, 1.0, 1.0, HOSTILE)]
-    p.missing, p.transfers = {HOSTILE: HOSTILE}, Transfers({HOSTILE: 5}, 0.0, 0.0)
+    p.missing, p.transfers = {HOSTILE: HOSTILE}, Transfers({HOSTILE: 5}, 0.0, 0.0, 0.0)
     shown = Parsed(page(p, [*SPANS, span(HOSTILE, 11.0, 11.1)], {HOSTILE: ([1.0, 2.0], [1.0, 2.0])}))
     assert not shown.all("img") and len(shown.scripts) == 3
     assert "onerror" not in {name for _, attributes in shown.tags for name in attributes}

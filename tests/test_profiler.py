@@ -1,7 +1,9 @@
 """`fedmoe profile`: what it measures adds up, and what is wrong with a run it says, and with no other."""
 
 import json
+import os
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +69,7 @@ def test_times_by_range_add_up_to_the_rounds(small: Config, tmp_path: Path, caps
     assert any(e["name"] == "memory_resident" for e in events)
     page = (tmp_path / "out" / "profile.html").read_text()
     assert "convolution_<wbr>backward" in page and 'id="plot-timeline"' in page and "<h3>memory resident" in page
-    assert not list(tmp_path.glob("out/run*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # what was measured in is gone
 
 
 def test_states_that_go_to_files_are_counted(small: Config, tmp_path: Path) -> None:
@@ -113,6 +115,55 @@ def test_a_tiny_batch_is_named(small: Config, tmp_path: Path) -> None:
     assert "raise training.batch_size" in finding["text"]
 
 
+def test_a_capture_among_observed_steps_hides_nothing() -> None:
+    """What is heard inside of a step that is replayed otherwise is the capture's, and counts as the step's."""
+    replayed, eager = Recorder(torch.device("cpu")), Recorder(torch.device("cpu"))
+    replayed.spans = [Span("step", 0, (), 0.0, 4.0), Span("backward", 0, ("step",), 1.0, 2.0)]
+    replayed.exclusive |= {"step": 3.0, "backward": 1.0}
+    eager.spans = [Span("backward", 0, ("step",), 0.0, 1.0, 1, (0.0, 2.0))] * 3
+    found = {r.phase: (r.count, r.seconds, r.device_seconds, r.source) for r in profile.ranges(replayed, eager)}
+    assert found == {"step": (1, 4.0, None, "host"), "backward": (3, 0.0, 6.0, "uncaptured")}
+
+
+def test_waiting_for_transfers_is_what_no_step_covers() -> None:
+    recorder = Recorder(torch.device("cpu"))
+    recorder.spans = [
+        Span("transfer in", 0, (), 0.0, 4.0), Span("transfer in", 1, (), 2.0, 6.0), Span("step", 1, (), 5.0, 9.0),
+        Span("copy", 0, (), 0.0, 8.0),
+    ]  # fmt: skip
+    assert profile.transfers(recorder, {"host in": 3}, 0.5) == Transfers({"host in": 3}, 5.0, 8.0, 0.5)
+
+
+def test_rounds_come_in_pairs_that_are_evaluated_alike(small: Config, tmp_path: Path) -> None:
+    found = profiled(changed(small, evaluation={"every": 2}), tmp_path / "out", rounds=3)
+    assert [r["evaluated"] for r in found["rounds"]] == [False, True, True]
+    assert {r["phase"]: r["count"] for r in found["ranges"]}["evaluation"] == 2 * 5
+    assert "a run is evaluated every 2 rounds; of these 3, 2 were" in found["notes"]
+    assert found["config"]["evaluation.every"] == 2 and found["config"]["federation.rounds"] == small.federation.rounds
+
+
+def test_what_stops_it_leaves_nothing_behind(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with pytest.raises(UserError):
+        profiler.run(changed(small, data={"name": "/nowhere/at/all"}), 1, 0, tmp_path / "out", False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(probe, "operators", interrupted)
+        profiler.run(small, 1, 0, tmp_path / "out", False)
+    assert not list(tmp_path.iterdir())
+
+    def short(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(probe, "operators", short)
+    found = profiled(small, tmp_path / "out", rounds=1)
+    assert found["operators"] == [] and found["notes"] == [
+        "device memory did not suffice to look at operators and batch sizes"
+    ]
+
+
 def test_probing_changes_no_client(small: Config, tmp_path: Path) -> None:
     state = torch.get_rng_state()
     with profiler.subject(small, tmp_path / "run") as made:
@@ -132,9 +183,8 @@ def test_what_is_wrong_is_one_line(small: Config, tmp_path: Path) -> None:
         profiler.run(changed(small, engine={"kind": "reference"}), 1, 0, tmp_path / "out", False)
     with pytest.raises(UserError, match="--rounds is 0 and --warmup 1"):
         profiler.run(small, 0, 1, tmp_path / "out", False)
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--memory-snapshot is of a GPU's memory, and there is none"):
-            profiler.run(small, 1, 0, tmp_path / "out", False, True)
+    with pytest.raises(UserError, match="--memory-snapshot is of a GPU's memory, and the run is on a CPU"):
+        profiler.run(small, 1, 0, tmp_path / "out", False, True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").touch()
@@ -148,7 +198,7 @@ def invented(**changes: Any) -> Profile:
         title="", environment={}, plan={"streams": True, "data": "device"}, config={},
         rounds=[Round(1.0, 0.9, 0.1, 1000, 1e9)], observed_seconds=[1.0],
         steps=[0.1] * 9, ranges=[Range("step", 9, 0.97, 0.97, 0.9, "events")],
-        device=DeviceUse(0.95, 0.8), transfers=Transfers({"host in": 10**6}, 0.0, 0.0), memory=[],
+        device=DeviceUse(0.95, 0.8), transfers=Transfers({"host in": 10**6}, 0.0, 0.5, 0.0), memory=[],
         meters={}, missing={}, energy=[],
         roof=Ceilings(1e12, 1e13), operators=[], batches=[BatchSize(64, 0.1), BatchSize(128, 0.19)],
     )  # fmt: skip
@@ -158,18 +208,22 @@ def invented(**changes: Any) -> Profile:
 @pytest.mark.parametrize(
     ("changes", "name", "text"),
     [
-        ({}, "nothing", "nothing stands out: 97% of the round are steps"),
-        ({"transfers": Transfers({"host in": 3 * 10**6}, 0.17, 0.0)}, "transfer",
-         r"17% of the round is waiting .*\(0% for files\), of which 3 MB .*\(engine.device_memory_mb\)"),
-        ({"transfers": Transfers({"file in": 10**6}, 0.2, 0.2)}, "transfer",
+        ({}, "nothing", "nothing stands out: 95% of the round are steps"),
+        ({"transfers": Transfers({"host in": 3 * 10**6}, 0.17, 0.5, 0.0)}, "transfer",
+         r"17% of the round is waiting .*\(0% for files\), 3 MB of which .*\(engine.device_memory_mb\)"),
+        ({"transfers": Transfers({"file in": 10**6}, 0.2, 0.5, 0.2)}, "transfer",
          r"\(20% for files\).*\(engine.host_memory_mb\)"),
-        ({"device": DeviceUse(0.6, 0.8)}, "idle", "no step for 40% of the round"),
-        ({"device": DeviceUse(0.95, 0.1)}, "overlap", "overlap for 10% of the shorter"),
-        ({"rounds": [Round(1.0, 0.5, 0.5, 1000, 1e9)]}, "evaluation", "50% of the rounds is evaluation"),
+        ({"device": DeviceUse(0.6, 0.8)}, "idle", "no step is under way on the GPU for 40% of the round"),
+        ({"device": DeviceUse(0.95, 0.1), "plan": {"streams": True}}, "overlap", "overlap for 10% of the shorter"),
+        ({"rounds": [Round(1.0, 0.5, 0.5, 1000, 1e9)]}, "evaluation", "50% of a run is evaluation, every round"),
         ({"batches": [BatchSize(8, 0.1), BatchSize(64, 0.2)]}, "batch", "a step of 64 trains 4.0 times"),
         ({"ranges": [Range("client", 9, 0.2, 0.2, None, "host")]}, "bookkeeping", "20% of the round is neither"),
         ({"meters": {"gpu_throttle": {"shares": {"power cap": 0.3, "idle": 0.5}}}}, "throttling",
          "held back for 30% of the time: power cap"),
+        # With graphs, the host of a run without may be what kept them apart.
+        ({"device": DeviceUse(0.95, 0.1), "plan": {"streams": True, "graphs": True}}, "nothing", "nothing stands out"),
+        ({"rounds": [Round(1.0, 0.9, 0.1, 9, 1e9), Round(4.0, 0.9, 3.1, 9, 1e9)], "config": {"evaluation.every": 9}},
+         "nothing", "nothing stands out"),
         # Of a step, 0.97 of the round, a quarter is making batches, as a run without graphs has it.
         ({"plan": {"data": "host"}, "ranges": [Range("step", 9, 0.97, 0.97, 0.9, "events"),
                                               Range("batch", 9, 0, 0, 1.0, "uncaptured"),

@@ -100,8 +100,8 @@ def test_coverage_counts_every_second_once(first: list[tuple[int, int]], second:
 
 def test_trace_has_a_track_for_each_lane_stream_and_quantity() -> None:
     spans = [
-        Span("step", 1, ("client",), 12.0, 13.0, 7, (0.5, 1.5)),
-        Span("client", 1, (), 10.0, 14.0, 7, (0.0, 2.0)),
+        Span("step", 1, ("client",), 12.0, 13.0, 7, (10.5, 11.5)),
+        Span("client", 1, (), 10.0, 14.0, 7, (10.0, 12.0)),
         Span("averaging", 0, (), 15.0, 16.0),
     ]
     made = json.loads(trace.events(spans, {"power": ([11.0, 12.0], [250.0, None])}))["traceEvents"]
