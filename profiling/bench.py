@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import pytest
 import torch
 
+from fedmoe.profiling import nvml, nvml_device
 from fedmoe.profiling.plugin import PROPERTY, SIZES
 from fedmoe.profiling.timing import Call as Call
 from fedmoe.profiling.timing import Meter, Times, ceilings, interleave, joules, memory, reason, settle
@@ -102,8 +103,8 @@ def sizes(names: str, *, full: Iterable[Any], tiny: Iterable[Any]) -> Callable[[
 
 
 def energy() -> Meter | None:
-    """What tells the joules that the device has used; None: nothing here can yet."""
-    return None
+    """What tells the joules that the GPU has used; None where nothing does."""
+    return nvml.energy_counter(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 class Bench:
@@ -226,7 +227,10 @@ class Bench:
     def _energy(self, call: Call, times: Times) -> float | None:
         if self._meter is None:
             return None
-        return joules(call, _median(times.called or times.seconds), self._meter, self.device)
+        try:
+            return joules(call, _median(times.called or times.seconds), self._meter, self.device)
+        except nvml_device.Unavailable:  # it was there before
+            return None
 
     def _fill(
         self,
