@@ -19,6 +19,8 @@ from fedmoe.files import write_atomic
 from fedmoe.profiling import acceptance
 from fedmoe.profiling.bench_selection import Selection
 
+LONGEST = 86_400.0
+"""Seconds, the most that a budget may be."""
 ACCEPTANCE = "acceptance"
 """The suite that takes benchmarks from all files: those that the targets are measured by."""
 
@@ -39,8 +41,8 @@ def run(
     files = _files(checkout / "tests" / "bench", suite)
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise UserError("fedmoe bench needs pytest-benchmark: pip install '.[bench]'")
-    if budget is not None and budget <= 0:
-        raise UsageError(f"--budget-seconds is {budget:g}, must be more than 0")
+    if budget is not None and not 0 < budget <= LONGEST:
+        raise UsageError(f"--budget-seconds is {budget:g}, must be more than 0 and at most {LONGEST:g}, a day")
     for path in (as_json, as_markdown):  # before the minutes, not after
         if path and not path.parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")

@@ -131,7 +131,8 @@ class Bench:
         Each variant is called once, and what it returns, unless that is None, is checked against what the first one
         did. Without timing, one that fails the check or raises fails the benchmark. With it, only one of ours (its name
         begins with "ours") that fails the check does, before anything is timed; another's may compute less on purpose,
-        and is timed with a note. One that raises is named in its row. A callable with an attribute `peak_bytes` is
+        and is timed with a note. One that raises is named in its row, and fails the benchmark, once the others are
+        timed, if it is ours or all do. A callable with an attribute `peak_bytes` is
         believed: what a CUDA graph allocated when it was captured, no replay shows.
 
         `host`: by the host's clock on a GPU too, from idle device to idle device: for work of the host, or of both.
@@ -144,6 +145,10 @@ class Bench:
                 self._time(calls, rows, floor, host)
         finally:
             self._end(rows)
+        failed = {name: row.reason for name, row in rows.items() if row.status == "failed"}
+        ours = [name for name in failed if name.startswith("ours") or len(failed) == len(rows)]
+        if ours:
+            raise RuntimeError(f"{ours[0]} failed: {failed[ours[0]]}")
         return list(rows.values())
 
     def record(self, variants: Mapping[str, Sequence[float] | Absent]) -> list[Row]:

@@ -49,7 +49,9 @@ def faster(ours: Sequence[str], than: Sequence[str], least: float, key: str = "c
             found[_seconds(rows[other], key) / _seconds(rows[mine], key)] = _noise(rows[mine], rows[other]), whose
         worst = min(found)
         noise, whose = found[worst]
-        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose})", worst >= least)
+        unsure = _unsure(worst, least, worst * noise)
+        missing = _missing(results, than)
+        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose}{missing}){unsure}", worst >= least)
 
     return Judge((*ours, *than), find)
 
@@ -62,7 +64,8 @@ def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "calle
         mine, other = _fastest(rows, ours, key), _fastest(rows, of, key)
         share = _seconds(rows[mine], key) / _seconds(rows[other], key)
         noise = share * _noise(rows[mine], rows[other])
-        return Finding(f"{share:.3f}× ± {noise:.3f} ({mine} against {other})", share <= most)
+        unsure, missing = _unsure(share, most, noise), _missing(results, of)
+        return Finding(f"{share:.3f}× ± {noise:.3f} ({mine} against {other}{missing}){unsure}", share <= most)
 
     return Judge((*ours, *of), find)
 
@@ -74,7 +77,8 @@ def outside(part: str, whole: str, most: float, key: str = "called") -> Judge:
         (rows,) = results.values()
         inside = _seconds(_timed(rows, part), key) / _seconds(_timed(rows, whole), key)
         noise = inside * _noise(rows[part], rows[whole])
-        return Finding(f"{1 - inside:.2%} ± {noise:.2%} ({whole} against {part})", 1 - inside <= most)
+        unsure = _unsure(1 - inside, most, noise)
+        return Finding(f"{1 - inside:.2%} ± {noise:.2%} ({whole} against {part}){unsure}", 1 - inside <= most)
 
     return Judge((part, whole), find)
 
@@ -137,6 +141,17 @@ def projected(first: str, later: str, times: int, most: float) -> Judge:
 def _seconds(row: Row, key: str) -> float:
     """On a CPU, and by the host's clock, a call's time is its median."""
     return float(row["median"] if row[key] is None else row[key])
+
+
+def _unsure(figure: float, target: float, noise: float) -> str:
+    """A warning where the target is within the noise of the figure: another run may give the other verdict."""
+    return ", within the noise" if abs(figure - target) <= noise else ""
+
+
+def _missing(results: Mapping[str, Rows], variants: Sequence[str]) -> str:
+    """Which of those to compare with were not timed, though one was."""
+    lost = {v for rows in results.values() for v in variants if v in rows and rows[v]["status"] != "timed"}
+    return f"; not timed: {', '.join(sorted(lost))}" if lost else ""
 
 
 def _noise(*rows: Row) -> float:

@@ -453,7 +453,7 @@ def test_what_cannot_be_run_is_one_line(
         bench.run("sample", "", checkout / "nowhere" / "out.json", None, checkout)
     with pytest.raises(UserError, match=r"is a folder, expected the name of a file$"):
         bench.run("sample", "", None, checkout, checkout)
-    with pytest.raises(UsageError, match=r"^--budget-seconds is 0, must be more than 0$"):
+    with pytest.raises(UsageError, match=r"^--budget-seconds is 0, must be more than 0 and at most 86400, a day$"):
         bench.run("sample", "", None, None, checkout, budget=0)
     with monkeypatch.context() as patched:
         patched.setattr(benchprocess, "PYTEST", [*benchprocess.PYTEST, "--no-such-option"])

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fedmoe.engine.device import prepare
 from fedmoe.engine.program import Program
 from fedmoe.engine.step import branches
 from fedmoe.experts import build
@@ -15,6 +16,7 @@ from tests.bench.variants import Graphed, agreement
 def test_overlap(gpu_benchmark: Bench) -> None:
     """CNN-1's extractor twice, a batch of 64 in CIFAR-10's shape; under graphs, or the host would be what is timed."""
     bench = gpu_benchmark
+    prepare(bench.device.type, 0, False)
     torch.manual_seed(0)
     experts = [build("cnn-1", (3, 32, 32), 10).extractor.to(bench.device) for _ in range(2)]
     x = torch.randn(64 if bench.full else 2, 3, 32, 32, device=bench.device)

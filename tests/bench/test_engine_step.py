@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe.client import Client
+from fedmoe.engine.device import prepare
 from fedmoe.engine.step import How, autocast
 from fedmoe.profiling.bench import Absent, Bench, Call, Unavailable, attempt
 from fedmoe.reference import ReferenceEngine
@@ -28,6 +29,7 @@ BF16 = torch.bfloat16
 def test_step(gpu_benchmark: Bench, tmp_path: Path) -> None:
     """A client alone: 20 steps a call."""
     bench, gpu = gpu_benchmark, gpu_benchmark.device.type == "cuda"
+    prepare(bench.device.type, 0, False)  # before a loop is captured: with the convolutions that the engine has
     config = federation(tmp_path, 1, 1600 if bench.full else 200 if bench.timed else 80, model={"local": ("cnn-1",)})
     run = begin(config, tmp_path / "run")
     own = plain(config, run, bench.device, fused=True)
@@ -60,6 +62,7 @@ def test_step_in_cohort(gpu_benchmark: Bench, tmp_path: Path) -> None:
     As many times faster as the rounds are, a client in a cohort is.
     """
     bench, gpu = gpu_benchmark, gpu_benchmark.device.type == "cuda"
+    prepare(bench.device.type, 0, False)  # before a loop is captured: with the convolutions that the engine has
     clients, each = (16, 800) if bench.full else (2, 80)
     config = federation(tmp_path, clients, each, model={"local": ("cnn-1",)})
     run = begin(config, tmp_path / "run")
