@@ -73,10 +73,10 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
     },
     "cpu": {
         "federated_round": 150,
-        "checkpoints": 80,
+        "checkpoints": 100,
         "bookkeeping": 100,
         AVERAGES["0.67 M"]: 15,
-        AVERAGES["11 M"]: 90,
+        AVERAGES["11 M"]: 60,
     },
 }
 """Seconds in which a benchmark is done, by device: those that are run there, in this order."""
@@ -160,7 +160,8 @@ TARGETS = [
         "checkpoint stall",
         "anywhere",
         ["checkpoints"],
-        ("≤ 1% of the round", takes(("held up by checkpoints",), ("a checkpoint every round",), 0.01)),
+        ("≤ 1% of the round longer", outside("a checkpoint at the end", "a checkpoint every round", 0.01)),
+        ("≤ 1% of the round held up", takes(("held up by checkpoints",), ("a checkpoint every round",), 0.01)),
     ),
     *about(
         "bookkeeping outside forward, backward and optimizer",

@@ -62,7 +62,8 @@ def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "calle
         mine, other = _fastest(rows, ours, key), _fastest(rows, of, key)
         share = _seconds(rows[mine], key) / _seconds(rows[other], key)
         noise = share * _noise(rows[mine], rows[other])
-        return Finding(f"{share:.3f}× ± {noise:.3f} ({mine} against {other})", share <= most)
+        shown = f"{share:.3f}× ± {noise:.3f}" if most > 0.5 else f"{share:.2%} ± {noise:.2%}"
+        return Finding(f"{shown} ({mine} against {other})", share <= most)
 
     return Judge((*ours, *of), find)
 
