@@ -200,20 +200,23 @@ TARGETS = [
 def judged(device: str, benchmarks: Sequence[Mapping[str, Any]], partly: bool = False) -> list[dict[str, Any]]:
     """Every target with its figure and verdict, from what `fedmoe bench` has collected on a device, "cuda" or "cpu".
 
-    A verdict is "reached", "missed" or, with `why`, "not measured". `partly`: only those that a benchmark was run for.
+    A verdict is "reached", "missed" or, with `why`, "not measured"; `close` where the noise leaves either open.
+    `partly`: only those that a benchmark was run for.
     """
     ran = {benchmark["name"]: benchmark for benchmark in benchmarks}
     made = []
     for target in TARGETS:
         if partly and not (target.counts_on(device) and any(name in ran for name in target.benchmarks)):
             continue
-        entry = {"what": target.what, "number": target.number, "on": target.on, "benchmarks": list(target.benchmarks)}
+        told: dict[str, Any]
         try:
             found = _found(target, device, ran)
-            entry |= {"figure": found.figure, "verdict": "reached" if found.reached else "missed", "why": ""}
+            verdict = "reached" if found.reached else "missed"
+            told = {"figure": found.figure, "verdict": verdict, "close": found.close, "why": ""}
         except Unmeasured as error:
-            entry |= {"figure": "", "verdict": "not measured", "why": str(error)}
-        made.append(entry)
+            told = {"figure": "", "verdict": "not measured", "close": False, "why": str(error)}
+        known = {"what": target.what, "number": target.number, "on": target.on, "benchmarks": list(target.benchmarks)}
+        made.append(known | told)
     return made
 
 

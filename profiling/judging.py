@@ -20,6 +20,8 @@ class Finding:
 
     figure: str
     reached: bool
+    close: bool = False
+    """Whether the number to reach is within the figure's noise."""
 
 
 class Unmeasured(Exception):
@@ -49,7 +51,8 @@ def faster(ours: Sequence[str], than: Sequence[str], least: float, key: str = "c
             found[_seconds(rows[other], key) / _seconds(rows[mine], key)] = _noise(rows[mine], rows[other]), whose
         worst = min(found)
         noise, whose = found[worst]
-        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose})", worst >= least)
+        close = abs(worst - least) < worst * noise
+        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose})", worst >= least, close)
 
     return Judge((*ours, *than), find)
 
@@ -63,7 +66,7 @@ def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "calle
         share = _seconds(rows[mine], key) / _seconds(rows[other], key)
         noise = share * _noise(rows[mine], rows[other])
         shown = f"{share:.3f}× ± {noise:.3f}" if most > 0.5 else f"{share:.2%} ± {noise:.2%}"
-        return Finding(f"{shown} ({mine} against {other})", share <= most)
+        return Finding(f"{shown} ({mine} against {other})", share <= most, abs(share - most) < noise)
 
     return Judge((*ours, *of), find)
 
@@ -74,8 +77,9 @@ def outside(part: str, whole: str, most: float, key: str = "called") -> Judge:
     def find(results: Mapping[str, Rows]) -> Finding:
         (rows,) = results.values()
         inside = _seconds(_timed(rows, part), key) / _seconds(_timed(rows, whole), key)
-        noise = inside * _noise(rows[part], rows[whole])
-        return Finding(f"{1 - inside:.2%} ± {noise:.2%} ({whole} against {part})", 1 - inside <= most)
+        share, noise = 1 - inside, inside * _noise(rows[part], rows[whole])
+        figure = f"{share:.2%} ± {noise:.2%} ({whole} against {part})"
+        return Finding(figure, share <= most, abs(share - most) < noise)
 
     return Judge((part, whole), find)
 
