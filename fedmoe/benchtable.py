@@ -88,7 +88,8 @@ def _verdicts(report: Report) -> Table:
 
 
 def _target(target: Row) -> list[str]:
-    return [target["what"], target["number"], target["on"], target["figure"] or target["why"], target["verdict"]]
+    verdict = target["verdict"] + ", within the noise" * target["close"]
+    return [target["what"], target["number"], target["on"], target["figure"] or target["why"], verdict]
 
 
 def _grid(titles: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:

@@ -20,6 +20,8 @@ class Finding:
 
     figure: str
     reached: bool
+    close: bool = False
+    """Whether the number to reach is within the figure's noise."""
 
 
 class Unmeasured(Exception):
@@ -49,9 +51,8 @@ def faster(ours: Sequence[str], than: Sequence[str], least: float, key: str = "c
             found[_seconds(rows[other], key) / _seconds(rows[mine], key)] = _noise(rows[mine], rows[other]), whose
         worst = min(found)
         noise, whose = found[worst]
-        unsure = _unsure(worst, least, worst * noise)
-        missing = _missing(results, than)
-        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose}{missing}){unsure}", worst >= least)
+        close = abs(worst - least) < worst * noise
+        return Finding(f"{worst:.2f}× ± {worst * noise:.2f} ({whose}{_missing(results, than)})", worst >= least, close)
 
     return Judge((*ours, *than), find)
 
@@ -64,8 +65,9 @@ def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "calle
         mine, other = _fastest(rows, ours, key), _fastest(rows, of, key)
         share = _seconds(rows[mine], key) / _seconds(rows[other], key)
         noise = share * _noise(rows[mine], rows[other])
-        unsure, missing = _unsure(share, most, noise), _missing(results, of)
-        return Finding(f"{share:.3f}× ± {noise:.3f} ({mine} against {other}{missing}){unsure}", share <= most)
+        shown = f"{share:.3f}× ± {noise:.3f}" if most > 0.5 else f"{share:.2%} ± {noise:.2%}"
+        whose = f"{mine} against {other}{_missing(results, of)}"
+        return Finding(f"{shown} ({whose})", share <= most, abs(share - most) < noise)
 
     return Judge((*ours, *of), find)
 
@@ -76,9 +78,9 @@ def outside(part: str, whole: str, most: float, key: str = "called") -> Judge:
     def find(results: Mapping[str, Rows]) -> Finding:
         (rows,) = results.values()
         inside = _seconds(_timed(rows, part), key) / _seconds(_timed(rows, whole), key)
-        noise = inside * _noise(rows[part], rows[whole])
-        unsure = _unsure(1 - inside, most, noise)
-        return Finding(f"{1 - inside:.2%} ± {noise:.2%} ({whole} against {part}){unsure}", 1 - inside <= most)
+        share, noise = 1 - inside, inside * _noise(rows[part], rows[whole])
+        figure = f"{share:.2%} ± {noise:.2%} ({whole} against {part})"
+        return Finding(figure, share <= most, abs(share - most) < noise)
 
     return Judge((part, whole), find)
 
@@ -141,11 +143,6 @@ def projected(first: str, later: str, times: int, most: float) -> Judge:
 def _seconds(row: Row, key: str) -> float:
     """On a CPU, and by the host's clock, a call's time is its median."""
     return float(row["median"] if row[key] is None else row[key])
-
-
-def _unsure(figure: float, target: float, noise: float) -> str:
-    """A warning where the target is within the noise of the figure: another run may give the other verdict."""
-    return ", within the noise" if abs(figure - target) <= noise else ""
 
 
 def _missing(results: Mapping[str, Rows], variants: Sequence[str]) -> str:

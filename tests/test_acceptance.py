@@ -13,7 +13,7 @@ import pytest
 from fedmoe import bench
 from fedmoe.profiling import acceptance
 from fedmoe.profiling.acceptance import BUDGET, HEADS, LIMITS, TARGETS, Target, judged
-from fedmoe.profiling.judging import Judge, faster, takes
+from fedmoe.profiling.judging import Judge, faster, outside, takes
 from tests.support import ROOT
 
 Seconds = dict[str, float]
@@ -88,7 +88,13 @@ CASES: list[tuple[str, str, Seconds, Seconds]] = [
     ("evaluation", "3×", {"evaluation": 1, "training": 3.1}, {"evaluation": 1, "training": 2.9}),
     (
         "checkpoint stall",
-        "1%",
+        "longer",
+        {"a checkpoint every round": 1, "a checkpoint at the end": 0.991},
+        {"a checkpoint every round": 1, "a checkpoint at the end": 0.989},
+    ),
+    (
+        "checkpoint stall",
+        "held up",
         {"held up by checkpoints": 0.0099, "a checkpoint every round": 1},
         {"held up by checkpoints": 0.0101, "a checkpoint every round": 1},
     ),
@@ -184,6 +190,20 @@ def test_times_as_called_count_where_a_loop_is_compared() -> None:
 def test_noise_is_shown() -> None:
     rows = {"a": timed("a", 2.0, quartiles=(1.7, 2.3)), "b": timed("b", 1.0, quartiles=(0.8, 1.2))}
     assert takes(("a",), ("b",), 3.0).find({"x": rows}).figure == "2.000× ± 0.500 (a against b)"
+
+
+def test_number_within_the_noise_is_told() -> None:
+    rows = {"a": timed("a", 2.0, quartiles=(1.7, 2.3)), "b": timed("b", 1.0, quartiles=(0.8, 1.2))}
+    for most, reached, close in ((1.4, False, False), (1.6, False, True), (2.4, True, True), (2.6, True, False)):
+        found = takes(("a",), ("b",), most).find({"x": rows})
+        assert (found.reached, found.close) == (reached, close)
+    for least, reached, close in ((0.3, True, False), (0.4, True, True), (0.6, False, True), (0.7, False, False)):
+        found = faster(("a",), ("b",), least).find({"x": rows})
+        assert (found.reached, found.close) == (reached, close)
+    rows["a"] = timed("a", 1.25, quartiles=(1.25, 1.25))  # 20% more than b, give or take 16
+    for most, reached, close in ((0.03, False, False), (0.05, False, True), (0.35, True, True), (0.37, True, False)):
+        found = outside("b", "a", most).find({"x": rows})
+        assert (found.reached, found.close) == (reached, close)
 
 
 def test_absent_baselines_are_listed_and_beat_nobody() -> None:

@@ -18,6 +18,7 @@ from tests.support import ROOT
 pytest.importorskip("pytest_benchmark")
 
 SAMPLE = """
+import pathlib
 import torch
 from fedmoe.profiling.bench import Floor
 
@@ -29,7 +30,7 @@ def test_twice(gpu_benchmark):
         return 2 * x
     floor = Floor(bytes=8000, flops=1000, dtype=x.dtype)
     gpu_benchmark({"double": double, "sum": lambda: x + x}, floor=floor, check=torch.testing.assert_close)
-    open("calls", "w").write(str(len(calls)))
+    pathlib.Path("calls").write_text(str(len(calls)))
 
 def test_theirs(benchmark):
     assert benchmark(sum, [1, 2]) == 3
@@ -93,7 +94,7 @@ def test_entry_point_is_the_plugin() -> None:
 
 
 def test_without_a_request_benchmarks_run_once(run: Run, project: Path) -> None:
-    done = run("--durations=0", "-k", "not theirs")
+    done = run("-W", "error", "-k", "not theirs")
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
     assert "sum" not in done.stdout and "warning" not in done.stdout  # no table, no complaint
     assert (project / "calls").read_text() == "1"

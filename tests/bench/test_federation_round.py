@@ -14,10 +14,10 @@ from tests.support import changed
 
 
 def small(bench: Bench, folder: Path, **sections: dict[str, Any]) -> Config:
-    """The paper's five CNNs in CIFAR-10's shape; where it is timed, each client has 640 samples to train on."""
+    """The paper's five CNNs in CIFAR-10's shape; where it is timed, each client has six steps in an epoch."""
     clients, rounds = (10, 8) if bench.full else (5, 4 if bench.timed else 2)
     sections["federation"] = {"rounds": rounds} | sections.get("federation", {})
-    return federation(folder / "data", clients, 800 if bench.timed else 40, **sections)
+    return federation(folder / "data", clients, 480 if bench.timed else 40, **sections)
 
 
 def test_federated_round(gpu_benchmark: Bench, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_checkpoints(gpu_benchmark: Bench, tmp_path: Path) -> None:
     bench = gpu_benchmark
     every = small(bench, tmp_path, federation={"epochs": 10 if bench.full else 1})
     ways = {"a checkpoint at the end": changed(every, checkpoint={"every": 10**6}), "a checkpoint every round": every}
-    taken = in_turns(ways, tmp_path, 2 if bench.timed else 1)
+    taken = in_turns(ways, tmp_path, 3 if bench.timed else 1)
     seconds = {name: own.rounds for name, own in taken.items()}
     bench.record(seconds | {"held up by checkpoints": taken["a checkpoint every round"].held_up})
 
