@@ -47,6 +47,9 @@ timing.time = types.SimpleNamespace(perf_counter=lambda: 1e-3 * next(ticks))
 """
 """A conftest: a millisecond passes whenever somebody looks at the clock."""
 
+EDITABLE = "ignore:Module already imported so cannot be rewritten; _editable"
+"""What pytest says of any plugin that is installed from a checkout: the module that finds it was there before."""
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -74,7 +77,7 @@ def run(project: Path, tmp_path: Path) -> Run:
         found = [str(installed.parent), str(ROOT)] if as_installed else [str(ROOT)]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
         env |= {"PYTHONPATH": os.pathsep.join(found), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, words)]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, words), "-W", EDITABLE]
         return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
 
     return pytest_
