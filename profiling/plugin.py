@@ -80,9 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "gpu_benchmark" in names and "benchmark" not in names:
             names.append("benchmark")
     if config.getoption(OPTION, False):
-        others = [item for item in items if "benchmark" not in getattr(item, "fixturenames", [])]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
+        for item in items:
+            chosen["benchmark" in getattr(item, "fixturenames", [])].append(item)
+        config.hook.pytest_deselected(items=chosen[False])
+        items[:] = chosen[True]
 
 
 @pytest.fixture
