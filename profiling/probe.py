@@ -14,6 +14,7 @@ from fedmoe.engine.seeds import globals_kept
 from fedmoe.engine.step import Step
 from fedmoe.profiling.operators import Operators
 from fedmoe.profiling.profile import BatchSize
+from fedmoe.profiling.timing import settle
 
 LAPS = 5
 STEPS = {"cpu": 2, "cuda": 20}
@@ -80,14 +81,9 @@ def _take(engine: DeviceEngine, client: int, step: Step, count: int, size: int) 
     samples = engine.site.roster[client][0].samples
     order = samples[torch.arange(count * size).remainder(len(samples))].view(count, size)
     step.begin()
-    _settle(engine)
+    settle(engine.site.device)
     start = time.perf_counter()
     for _ in step.epoch(order):
         pass
-    _settle(engine)
+    settle(engine.site.device)
     return (time.perf_counter() - start) / count
-
-
-def _settle(engine: DeviceEngine) -> None:
-    if engine.site.device.type == "cuda":
-        torch.cuda.synchronize(engine.site.device)

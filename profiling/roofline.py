@@ -1,13 +1,12 @@
 """What the hardware could do: bandwidth and FLOP/s as measured, and how near to them each operator comes."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fedmoe.profiling.operators import Operator
-from fedmoe.profiling.timing import Limits, ceilings, interleave
+from fedmoe.profiling.timing import Limits, ceilings, reached
 
 BYTES = 2**28
 """Of a copy on a CPU: several times a large cache."""
@@ -48,16 +47,8 @@ def measured(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The ceilings of the device for products of this dtype."""
     if (found := ceilings(dtype, device)) is not None:
         return Ceilings(*found)
-    source = torch.ones(BYTES // 4)
-    target = torch.empty_like(source)
-    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-    out = torch.empty_like(a)
     limits = Limits(warm_seconds=0.1, seconds=0.5, min_rounds=3, max_rounds=20)
-    works = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
-    times, failed = interleave(works, device, limits)
-    assert not failed, failed
-    copy, product = (statistics.median(times[name].seconds) for name in works)
-    return Ceilings(2 * BYTES / copy, 2 * SIDE**3 / product)
+    return Ceilings(*reached(torch.float32, device, BYTES, SIDE, limits))
 
 
 def points(operators: Sequence[Operator], roof: Ceilings) -> list[Point]:

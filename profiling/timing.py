@@ -256,17 +256,22 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float] | 
     if device.type != "cuda":
         return None
     if (dtype, device) not in _ceilings:
-        source = torch.empty(2**28, dtype=torch.int32, device=device)  # 1 GiB: far more than any cache
-        target = torch.empty_like(source)
-        a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))  # zeros would flatter the clocks
-        out = torch.empty_like(a)
         limits = Limits(warm_seconds=1.0, seconds=1.0, min_rounds=5, max_rounds=50)
-        works = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
-        times, failed = interleave(works, device, limits)
-        assert not failed, failed
-        copy, product = (statistics.median(times[name].seconds) for name in works)
-        _ceilings[dtype, device] = 2 * source.nbytes / copy, 2 * 8192**3 / product
+        _ceilings[dtype, device] = reached(dtype, device, 2**30, 8192, limits)  # far more than any cache
     return _ceilings[dtype, device]
+
+
+def reached(dtype: torch.dtype, device: torch.device, size: int, side: int, limits: Limits) -> tuple[float, float]:
+    """Bytes a second, read and written, of a copy of `size` bytes, and FLOPs a second of a product of [side, side]."""
+    source = torch.ones(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))  # zeros would flatter the clocks
+    out = torch.empty_like(a)
+    works = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    times, failed = interleave(works, device, limits)
+    assert not failed, failed
+    copy, product = (statistics.median(times[name].seconds) for name in works)
+    return 2 * source.nbytes / copy, 2 * side**3 / product
 
 
 _ceilings: dict[tuple[torch.dtype, torch.device], tuple[float, float]] = {}

@@ -1,6 +1,5 @@
 """Cohorts on the device: what they make of clients alone on the CPU, eager and captured, and no waiting in a step."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from fedmoe.config import Config
 from fedmoe.engine.cohort import Cohort
-from fedmoe.engine.device import prepare
 from fedmoe.engine.step import How
 from tests.engines import Outcome, apart, assert_close, assert_same, engine, rounds
 from tests.support import begin, changed
@@ -17,13 +15,6 @@ from tests.support import begin, changed
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-    prepare("cpu", 0, False)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The engine on a GPU: every switch alone and all together against the plain loop, there and on the CPU."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.device import prepare
 from fedmoe.engine.seam import Job
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
@@ -33,12 +31,6 @@ SWITCHES = {
     "bf16": replace(ALL, precision="bf16"),
     "fp16": replace(ALL, precision="fp16"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    prepare("cpu", 0, False)
 
 
 @pytest.fixture

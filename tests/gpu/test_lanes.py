@@ -1,7 +1,6 @@
 """Lanes on the device: side by side they give what one after the other gives; dropout, parts of batches, and paging."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.device import prepare
 from fedmoe.engine.seam import Job, Refused
 from fedmoe.engine.step import How, Step
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
@@ -20,12 +18,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 EAGER = How(optimizer="flat")
 ALL = How(optimizer="flat", streams=True, graphs=True)
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    prepare("cpu", 0, False)
 
 
 @pytest.fixture

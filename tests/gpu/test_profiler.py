@@ -1,7 +1,6 @@
 """Profiles of a GPU: every phase has its time there, graphs are told from what is inside of them, meters answer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,9 @@ import torch
 
 from fedmoe import profiler
 from fedmoe.config import Config
-from fedmoe.engine.device import prepare
 from tests.support import changed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    prepare("cpu", 0, False)
 
 
 @pytest.mark.parametrize("graphs", ["on", "off"])
