@@ -1,4 +1,7 @@
-"""Runs benchmarks in a process of its own and yields what happens there; what takes too long is ended and left out."""
+"""Runs benchmarks in a process of its own and yields what happens there.
+
+What takes too long is ended and left out; what ends the process has failed; another process goes on with the others.
+"""
 
 import contextlib
 import json
@@ -32,6 +35,10 @@ PYTEST += ["-p", "fedmoe.profiling.plugin", "--benchmark"]
 
 class _Late(Exception):
     """The time is up."""
+
+
+class _Died(Exception):
+    """The process ended before its work; says how, with its last words."""
 
 
 class _Watch:
@@ -75,6 +82,12 @@ class _Watch:
             {"event": "end", "name": name, "outcome": "left out", "reason": why[name], "rows": []} for name in names
         ]
 
+    def died(self, why: str) -> list[Event]:
+        """What the end of the process costs: what ran, or, where that is not known, all that has not ended."""
+        names = [self.running] if self.running else [name for name in self.chosen or [] if name not in self.ended]
+        self.ended += names
+        return [{"event": "end", "name": name, "outcome": "failed", "reason": why, "rows": []} for name in names]
+
     def over(self) -> bool:
         """Whether there is no time for anything any more."""
         return self.selection.ends is not None and time.monotonic() >= self.selection.ends
@@ -83,7 +96,8 @@ class _Watch:
 def events(checkout: Path, files: list[Path], selection: Selection) -> Generator[Event]:
     """What happens, from the environment to each benchmark's end; raises UserError where that cannot be known.
 
-    A process whose benchmark takes too long is ended with all that it started, and another goes on with the others.
+    A process whose benchmark takes too long is ended with all that it started; after it, as after one that died,
+    another goes on with the others.
     """
     watch = _Watch(selection)
     while True:
@@ -98,15 +112,19 @@ def events(checkout: Path, files: list[Path], selection: Selection) -> Generator
             if not watch.chosen:
                 raise UserError("the time was up before the first benchmark: give --budget-seconds more") from None
             yield from watch.late()
-            if watch.over() or set(watch.chosen) <= set(watch.ended):
-                return
-            watch.running, watch.until = "", selection.ends
+        except _Died as error:
+            if not watch.chosen:
+                raise UserError(str(error)) from None
+            yield from watch.died(str(error))
+        if watch.over() or set(watch.chosen) <= set(watch.ended):
+            return
+        watch.running, watch.until = "", selection.ends
 
 
 def _told(
     checkout: Path, files: list[Path], selection: Selection, until: Callable[[], float | None]
 ) -> Generator[Event]:
-    """What one process tells; raises _Late, and UserError with its last words if it ends before its work."""
+    """What one process tells; raises _Late, and _Died if it ends before its work."""
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "fedmoe.profiling.bench_events", str(writer), str(checkout), selection.to_json()]
     command += [*PYTEST, *map(str, files)]
@@ -141,7 +159,8 @@ def _told(
             said.seek(0)
             words = [line.strip() for line in said if line.strip()] or ["it said nothing"]
             errors = [line for line in words if "error: " in line.lower()]  # where it was started comes after
-            raise UserError(f"pytest ended with code {code}: {(errors or words)[-1]}")
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise _Died(f"pytest {how}: {(errors or words)[-1]}")
 
 
 def _lines(pipe: IO[bytes], until: Callable[[], float | None]) -> Iterator[bytes]:

@@ -118,7 +118,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row["variant"],
         shown("median", _seconds),
-        shown("quartiles", lambda q: f"{50 * (q[1] - q[0]) / row['median']:.1f}%"),
+        shown("quartiles", lambda q: f"{50 * (q[1] - q[0]) / row['median']:.1f}%" if row["median"] else ""),
         shown("called", _seconds),
         shown("cold", _seconds),
         shown("relative", "{:.2f}".format),

@@ -31,6 +31,8 @@ class Target:
     """Or why nothing measures it yet."""
     benchmarks: Sequence[str] = ()
     """By name; the judge needs them all."""
+    hoped: bool = False
+    """Whether it is more than is asked for: "not yet" is then no miss."""
 
     def counts_on(self, device: str) -> bool:
         """Whether it is to be measured on a device, "cuda" or "cpu"."""
@@ -51,16 +53,19 @@ HEADS = [f"gated_head[{rows}-500-{classes}-bfloat16]" for rows, classes in ((64,
 """The least and the most of what is asked for: compiling baselines for more would take too long."""
 HEAD = ("ours, step, graph",)
 AVERAGES = {"0.67 M": "averaging[100-665048]", "11 M": "averaging[100-11000000]"}
-LOOPS, GRAPHS = ("eager loop", "eager loop, bf16"), ("eager loop, graph", "eager loop, graph, bf16")
+LOOPS, GRAPHS = (
+    tuple(f"eager loop{graph}{layout}{dtype}" for layout in ("", ", channels-last") for dtype in ("", ", bf16"))
+    for graph in ("", ", graph")
+)
 ALONE, TOGETHER = ("engine", "engine, bf16"), ("together", "together, bf16")
 
 LIMITS: Mapping[str, Mapping[str, float]] = {
     "cuda": {
         **dict.fromkeys(HEADS, 45),
         LM_HEAD: 90,
-        "step": 20,
-        "step_in_cohort": 20,
-        "paper_run": 45,
+        "step": 25,
+        "step_in_cohort": 25,
+        "paper_run": 35,
         "overlap": 10,
         "paging": 20,
         "bandwidth": 10,
@@ -105,7 +110,14 @@ TARGETS = [
         ["step"],
         ("≥ 6× an eager loop", faster(ALONE, LOOPS, 6)),
         ("≥ 1.5× that loop under a graph", faster(ALONE, GRAPHS, 1.5)),
-        ("≥ 10× an eager loop (moonshot)", faster(ALONE, LOOPS, 10)),
+    ),
+    Target(
+        what="whole step: CNN-1 and CNN-5, batch 64",
+        number="≥ 10× an eager loop (moonshot)",
+        on="H200",
+        judge=faster(ALONE, LOOPS, 10),
+        benchmarks=["step"],
+        hoped=True,
     ),
     *about(
         "whole step of a client in a cohort: CNN-1 and CNN-5, batch 64",
@@ -117,7 +129,7 @@ TARGETS = [
         "the paper's CIFAR-10: N 100, fraction 0.1, 500 rounds, E 10, checkpoints on",
         "H200",
         ["paper_run"],
-        ("< 60 s", projected("first rounds, to an evaluation", "rounds, to the next evaluation", 49, 60)),
+        ("< 60 s", projected("start and first rounds, to an evaluation", "rounds, to the next evaluation", 49, 60)),
     ),
     *about(
         "two streams: experts of equal size that do not fill the GPU",
@@ -200,7 +212,8 @@ TARGETS = [
 def judged(device: str, benchmarks: Sequence[Mapping[str, Any]], partly: bool = False) -> list[dict[str, Any]]:
     """Every target with its figure and verdict, from what `fedmoe bench` has collected on a device, "cuda" or "cpu".
 
-    A verdict is "reached", "missed" or, with `why`, "not measured"; `close` where the noise leaves either open.
+    A verdict is "reached", "missed" ("not yet" where it is only hoped for) or, with `why`, "not measured"; `close`
+    where the noise leaves either open.
     `partly`: only those that a benchmark was run for.
     """
     ran = {benchmark["name"]: benchmark for benchmark in benchmarks}
@@ -211,7 +224,7 @@ def judged(device: str, benchmarks: Sequence[Mapping[str, Any]], partly: bool = 
         told: dict[str, Any]
         try:
             found = _found(target, device, ran)
-            verdict = "reached" if found.reached else "missed"
+            verdict = "reached" if found.reached else "not yet" if target.hoped else "missed"
             told = {"figure": found.figure, "verdict": verdict, "close": found.close, "why": ""}
         except Unmeasured as error:
             told = {"figure": "", "verdict": "not measured", "close": False, "why": str(error)}

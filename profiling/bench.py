@@ -56,13 +56,14 @@ class Row:
     quartiles: tuple[float, float] | None = None
     called: float | None = None
     """Seconds a call as the host makes it, launches included; None where `median` is just that."""
+    called_quartiles: tuple[float, float] | None = None
     cold: float | None = None
     """Seconds a call on a GPU, as `median`, which finds nothing of its own in the L2 cache; None for long calls."""
     rounds: int = 0
     calls: int = 0
     """Calls in a round."""
     relative: float | None = None
-    """`median` as a multiple of the first variant's, if that was timed."""
+    """`median` as a multiple of the first variant's, if that was timed and took any time."""
     peak_bytes: int | None = None
     """Device memory at its peak above that before the call."""
     kept_bytes: int | None = None
@@ -117,6 +118,9 @@ class Bench:
         """Whether it is timed on a GPU: worth compiling and tuning for."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._benchmark, self._node, self._meter = benchmark, node, meter
+        self._told: list[dict[str, Any]] = []
+        """The rows of all calls in the test, as its report has them."""
+        node.user_properties.append((PROPERTY, self._told))
 
     def __call__(
         self,
@@ -164,6 +168,8 @@ class Bench:
     def _begin(self, variants: Mapping[str, V | Absent]) -> tuple[dict[str, Row], dict[str, V]]:
         """A row for each, and those that are there."""
         self._benchmark._mode = "gpu_benchmark"  # or pytest-benchmark warns that it was not used
+        if again := {row["variant"] for row in self._told} & variants.keys():
+            raise ValueError(f"variant {min(again)!r} was given in an earlier call of the same test: name it otherwise")
         rows: dict[str, Row] = {}
         there: dict[str, V] = {}
         for name, variant in variants.items():
@@ -174,7 +180,7 @@ class Bench:
         return rows, there
 
     def _end(self, rows: dict[str, Row]) -> None:
-        self._node.user_properties.append((PROPERTY, [asdict(row) for row in rows.values()]))
+        self._told.extend(asdict(row) for row in rows.values())
 
     def _first(self, calls: dict[str, Call], rows: dict[str, Row], check: Check | None) -> None:
         """Call each once; leaves in `calls` what is worth timing."""
@@ -253,8 +259,8 @@ class Bench:
         known, row = rows[name], _row(name, times[name], floor, reached)
         found = {f: getattr(known, f) for f in ("peak_bytes", "kept_bytes", "energy_j")}
         row = replace(row, note="; ".join(filter(None, (known.note, row.note))), **found)
-        if (first := times.get(next(iter(rows)))) is not None:
-            row = replace(row, relative=_median(times[name].seconds) / _median(first.seconds))
+        if (first := times.get(next(iter(rows)))) is not None and (one := _median(first.seconds)):
+            row = replace(row, relative=_median(times[name].seconds) / one)
         rows[name] = row
         fixture, node = self._benchmark, self._node
         own = fixture.name, fixture.fullname
@@ -279,22 +285,22 @@ class Bench:
 
 def _row(name: str, times: Times, floor: Floor | None, reached: tuple[float, float] | None) -> Row:
     median = _median(times.seconds)
-    low, _, high = statistics.quantiles(times.seconds, n=4) if len(times.seconds) > 1 else [median] * 3
     cold = _median(times.cold) if times.cold else None
     row = Row(
         variant=name,
         status="timed",
         note=times.note,
         median=median,
-        quartiles=(low, high),
+        quartiles=_quartiles(times.seconds),
         called=_median(times.called) if times.called else None,
+        called_quartiles=_quartiles(times.called) if times.called else None,
         cold=cold,
         rounds=len(times.seconds),
         calls=times.calls,
     )
-    if floor is None:
-        return row
     took = cold or median
+    if floor is None or not took:
+        return row
     row = replace(row, gb_per_s=floor.bytes / took / 1e9, tflop_per_s=floor.flops / took / 1e12 or None)
     if reached is None:
         return row
@@ -303,3 +309,8 @@ def _row(name: str, times: Times, floor: Floor | None, reached: tuple[float, flo
 
 def _median(seconds: Sequence[float]) -> float:
     return statistics.median(seconds)
+
+
+def _quartiles(seconds: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return low, high

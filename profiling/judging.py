@@ -48,7 +48,7 @@ def faster(ours: Sequence[str], than: Sequence[str], least: float, key: str = "c
         for name, rows in results.items():
             mine, other = _fastest(rows, ours, key), _fastest(rows, than, key)
             whose = f"{mine} against {other}{f', {name}' if len(results) > 1 else ''}"
-            found[_seconds(rows[other], key) / _seconds(rows[mine], key)] = _noise(rows[mine], rows[other]), whose
+            found[_ratio(rows[other], rows[mine], key)] = _noise(key, rows[mine], rows[other]), whose
         worst = min(found)
         noise, whose = found[worst]
         close = abs(worst - least) < worst * noise
@@ -63,8 +63,8 @@ def takes(ours: Sequence[str], of: Sequence[str], most: float, key: str = "calle
     def find(results: Mapping[str, Rows]) -> Finding:
         (rows,) = results.values()
         mine, other = _fastest(rows, ours, key), _fastest(rows, of, key)
-        share = _seconds(rows[mine], key) / _seconds(rows[other], key)
-        noise = share * _noise(rows[mine], rows[other])
+        share = _ratio(rows[mine], rows[other], key)
+        noise = share * _noise(key, rows[mine], rows[other])
         shown = f"{share:.3f}× ± {noise:.3f}" if most > 0.5 else f"{share:.2%} ± {noise:.2%}"
         whose = f"{mine} against {other}{_missing(results, of)}"
         return Finding(f"{shown} ({whose})", share <= most, abs(share - most) < noise)
@@ -77,8 +77,8 @@ def outside(part: str, whole: str, most: float, key: str = "called") -> Judge:
 
     def find(results: Mapping[str, Rows]) -> Finding:
         (rows,) = results.values()
-        inside = _seconds(_timed(rows, part), key) / _seconds(_timed(rows, whole), key)
-        share, noise = 1 - inside, inside * _noise(rows[part], rows[whole])
+        inside = _ratio(_timed(rows, part), _timed(rows, whole), key)
+        share, noise = 1 - inside, inside * _noise(key, rows[part], rows[whole])
         figure = f"{share:.2%} ± {noise:.2%} ({whole} against {part})"
         return Finding(figure, share <= most, abs(share - most) < noise)
 
@@ -105,7 +105,7 @@ def all_beaten(ours: str, aside: Sequence[str]) -> Judge:
         others = [variant for variant in rows if not variant.startswith("ours") and variant not in aside]
         ran = [variant for variant in others if rows[variant]["status"] == "timed"]
         best = _fastest(rows, ran, "median")
-        ratio = _seconds(rows[best], "median") / _seconds(_timed(rows, ours), "median")
+        ratio = _ratio(rows[best], _timed(rows, ours), "median")
         absent = ", ".join(variant for variant in others if variant not in ran)
         return Finding(f"{ratio:.2f}× the fastest, {best}{f'; not there: {absent}' if absent else ''}", ratio > 1)
 
@@ -151,9 +151,21 @@ def _missing(results: Mapping[str, Rows], variants: Sequence[str]) -> str:
     return f"; not timed: {', '.join(sorted(lost))}" if lost else ""
 
 
-def _noise(*rows: Row) -> float:
+def _ratio(row: Row, other: Row, key: str) -> float:
+    """Of their times; raises Unmeasured where the other's is too short for the clock."""
+    if not (seconds := _seconds(other, key)):
+        raise Unmeasured(f"{other['variant']}: no time passed by the clock")
+    return _seconds(row, key) / seconds
+
+
+def _noise(key: str, *rows: Row) -> float:
     """Of a ratio of their times, relatively."""
-    return math.hypot(*((row["quartiles"][1] - row["quartiles"][0]) / 2 / row["median"] for row in rows))
+    parts = []
+    for row in rows:
+        low, high = row["quartiles"] if row[key] is None or key == "median" else row[f"{key}_quartiles"]
+        seconds = _seconds(row, key)
+        parts.append((high - low) / 2 / seconds if seconds else 0.0)  # of no time at all, there is no share
+    return math.hypot(*parts)
 
 
 def _timed(rows: Rows, variant: str) -> Row:

@@ -1,19 +1,24 @@
 """The benchmark instrument: how it times, on a simulated GPU too; what it refuses, and what `fedmoe bench` writes."""
 
+import ast
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from fedmoe import bench, benchprocess
+from fedmoe.benchtable import markdown
 from fedmoe.errors import UsageError, UserError
 from fedmoe.profiling import environment, timing
 from fedmoe.profiling.bench import Absent, Bench, Floor, Unavailable, _row, attempt
@@ -279,6 +284,26 @@ def test_times_that_a_benchmark_took_itself_become_rows_and_entries() -> None:
     assert [row.status for row in plain.record({"slow": []})] == ["ran"]
 
 
+def test_calls_in_one_test_add_up() -> None:
+    ours, told = made(True, Fixture())
+    ours.record({"a": [1.0]})
+    ours.record({"b": [2.0, 4.0]})
+    assert [(name, [row["variant"] for row in rows]) for name, rows in told] == [(PROPERTY, ["a", "b"])]
+    with pytest.raises(ValueError, match=r"^variant 'b' was given in an earlier call of the same test: name it "):
+        ours.record({"c": [1.0], "b": [3.0]})
+
+
+def test_no_time_at_all_is_shown_as_that() -> None:
+    """A clock may not have moved: nothing is divided by that, and no rate is made up."""
+    rows = made(True, Fixture())[0].record({"nothing": [0.0, 0.0], "one": [1.0]})
+    assert [(row.median, row.relative) for row in rows] == [(0.0, None), (1.0, None)]
+    floor = Floor(bytes=8, flops=8, dtype=torch.float32)
+    row = _row("nothing", Times(seconds=[0.0]), floor, (1.0, 1.0))
+    assert (row.gb_per_s, row.tflop_per_s, row.floor_share) == (None, None, None)
+    report = {"suite": "s", "device": "cpu", "benchmarks": [{"name": "n", "outcome": "passed", "rows": [asdict(row)]}]}
+    assert "| nothing | 0 ns |" in markdown(report)
+
+
 def test_energy_of_each_variant_where_there_is_a_meter() -> None:
     used = [0.0]
 
@@ -400,6 +425,27 @@ def test_endless(gpu_benchmark):
         pytest.fail("what the benchmark had started still runs")
 
 
+def test_benchmark_that_ends_its_process_has_failed_and_others_go_on(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pytest_benchmark")
+    (checkout / "tests" / "bench" / "test_sample_one.py").write_text("""
+import os, signal
+def test_before(gpu_benchmark):
+    gpu_benchmark({"quick": lambda: 1})
+def test_fatal(gpu_benchmark):
+    os.kill(os.getpid(), signal.SIGSEGV)
+def test_after(gpu_benchmark):
+    gpu_benchmark({"quick": lambda: 1})
+""")
+    with pytest.raises(UserError, match=r"^1 of 3 benchmarks failed: fatal: pytest was ended by SIGSEGV: "):
+        bench.run(None, "", checkout / "report.json", None, checkout)
+    report = json.loads((checkout / "report.json").read_text())
+    told = [(b["name"], b["outcome"], [row["status"] for row in b["rows"]]) for b in report["benchmarks"]]
+    assert told == [("before", "passed", ["timed"]), ("fatal", "failed", []), ("after", "passed", ["timed"])]
+    assert "quick" in capsys.readouterr().out
+
+
 def test_benchmark_that_may_need_more_than_is_left_does_not_begin(checkout: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     limits = {"wrong": 10_000.0, "odd": 100.0}
@@ -500,14 +546,19 @@ def test_without_pytest_benchmark_they_are_skipped() -> None:
     assert "1 skipped" in done.stdout and "needs pytest-benchmark" in done.stdout
 
 
-def test_our_variants_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_variants_in_the_interpreter(tmp_path: Path) -> None:
     """On a CPU they are absent otherwise, and mistakes in how they are called would wait for a GPU."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert bench.run("kernels", "", tmp_path / "out.json", None) == 0
-    for benchmark in json.loads((tmp_path / "out.json").read_text())["benchmarks"]:
-        status = {row["variant"]: row["status"] for row in benchmark["rows"] if "graph" not in row["variant"]}
+    files = sorted((ROOT / "tests" / "bench").glob("test_kernels_*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={tmp_path / 'out.xml'}"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, files)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    told = ElementTree.parse(tmp_path / "out.xml").iterfind(f".//property[@name='{PROPERTY}']")
+    benchmarks = [ast.literal_eval(property.attrib["value"]) for property in told]
+    assert len(benchmarks) >= len(files) > 3
+    for rows in benchmarks:
+        status = {row["variant"]: row["status"] for row in rows if "graph" not in row["variant"]}
         assert "ours" in status
-        assert all(is_ == "timed" for name, is_ in status.items() if name.startswith("ours")), status
+        assert all(is_ == "ran" for name, is_ in status.items() if name.startswith("ours")), status

@@ -44,12 +44,14 @@ class Clock:
         """Not of interest: commit, metrics and checkpoint come after it."""
 
 
-def rounds_of(config: Config, folder: Path) -> tuple[list[float], list[metrics.Line]]:
-    """Train in a folder; from each round's beginning to the next one's (the last has no next), and the metrics."""
-    clock = Clock()
+def rounds_of(config: Config, folder: Path) -> tuple[float, list[float], list[metrics.Line]]:
+    """Train in a folder: the start, seconds up to the first round; from each round's beginning to the next one's (the
+    last has no next); and the metrics.
+    """
+    clock, start = Clock(), time.perf_counter()
     with observed(clock):
         run.train(changed(config, run={"dir": str(folder), "threads": 1}))
-    return [later - earlier for earlier, later in pairwise(clock.begun)], metrics.read(folder)
+    return clock.begun[0] - start, [later - earlier for earlier, later in pairwise(clock.begun)], metrics.read(folder)
 
 
 def in_turns(ways: Mapping[str, Config], folder: Path, times: int) -> dict[str, Taken]:
@@ -61,7 +63,7 @@ def in_turns(ways: Mapping[str, Config], folder: Path, times: int) -> dict[str, 
     for number in range(times):
         for i, (name, config) in enumerate(ways.items()):
             with _fused() if name.endswith("fused SGD") else _as_it_is():
-                seconds, lines = rounds_of(config, folder / f"{number}-{i}")
+                _, seconds, lines = rounds_of(config, folder / f"{number}-{i}")
             own = taken[name]
             own.rounds += seconds[1:]
             own.held_up += [line["seconds"]["checkpoint"] for line in lines[2:]]
