@@ -58,9 +58,11 @@
     const { data, layout } = figures[id];
     const style = getComputedStyle(root);
     const size = width ? { width, autosize: false } : { autosize: true };
-    const small = document.getElementById(id).clientHeight < 200; // too small for buttons
-    const options = small ? { ...config, displayModeBar: false } : config;
-    Plotly.react(id, colored(drawn(data), style), colored({ ...common, ...layout, ...size }, style), options);
+    // Too small for buttons, or with nothing to zoom; else they have a margin of their own.
+    const bare = document.getElementById(id).clientHeight < 200 || (layout.xaxis?.fixedrange && layout.yaxis?.fixedrange);
+    const options = bare ? { ...config, displayModeBar: false } : config;
+    const margin = { ...layout.margin, t: Math.max(layout.margin?.t ?? 0, bare ? 0 : 30) };
+    Plotly.react(id, colored(drawn(data), style), colored({ ...common, ...layout, ...size, margin }, style), options);
   };
   const drawAll = (width) => Object.keys(figures).forEach((id) => draw(id, width));
 
@@ -98,8 +100,15 @@
     place.hidden = false;
   };
 
-  unpacked().then(() => {
-    drawAll();
+  // One plot a task: the first are there, and the page scrolls, while the others are drawn.
+  const drawInTurn = async () => {
+    for (const id of Object.keys(figures)) {
+      draw(id);
+      await new Promise((done) => setTimeout(done));
+    }
+  };
+
+  unpacked().then(drawInTurn).then(() => {
     listen();
     root.dataset.drawn = Math.round(performance.now()); // in ms since the page was opened
   }).catch(trouble);
