@@ -32,7 +32,7 @@ class Gated:
 
     client: int
     weights: list[float]
-    """Of the global expert, one for each sample."""
+    """Of the global expert, one for each sample, where it is finite."""
     labels: list[int]
 
 
@@ -57,9 +57,11 @@ def look(config: Config, run: Path, device: torch.device) -> tuple[list[Gated], 
         client = open_client(config, id, run, device)
         outputs, labels = _outputs(client)
         if config.method == "fedmoe":
-            gated.append(Gated(id, outputs["gate"].softmax(dim=1)[:, 0].tolist(), labels))
+            weights = outputs["gate"].softmax(dim=1)[:, 0]
+            finite = weights.isfinite()
+            gated.append(Gated(id, weights[finite].tolist(), labels[finite].tolist()))
         if number < PICTURED and (places := _places(outputs)):
-            pictured.append(Pictured(id, places, labels[:DOTS]))
+            pictured.append(Pictured(id, places, labels[:DOTS].tolist()))
     return gated, pictured
 
 
@@ -74,12 +76,12 @@ def _chosen(run: Path) -> list[int]:
 
 
 @torch.no_grad()
-def _outputs(client: Client) -> tuple[dict[str, Tensor], list[int]]:
-    """What the client's branches give, each [n, ...] on the CPU, and the labels."""
+def _outputs(client: Client) -> tuple[dict[str, Tensor], Tensor]:
+    """What the client's branches give, each [n, ...], and the labels [n], all on the CPU."""
     x, y = client.batch(client.held_out[:SAMPLES])
     client.mixture.eval()
     outputs = {name: branch(x).float().cpu() for name, branch in client.mixture.branches().items()}
-    return outputs, y.tolist()
+    return outputs, y.cpu()
 
 
 def _places(outputs: Mapping[str, Tensor]) -> dict[str, Places]:

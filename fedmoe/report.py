@@ -56,13 +56,14 @@ def subject(
     """All that a report shows of the run in folder `run`, as its last checkpoint has it."""
     dataset, split = load_data(config.data, config.seed), Split.load(run / "partition.safetensors")
     done, n = checkpoint.read_manifest(run).round, len(split)
+    rounds = outcome.rounds(run / "metrics.jsonl", metrics.read(run), n, done)
     plan = engines.read(run)
     environment = json.loads((run / "environment.json").read_text())
     gates, pictures = insight.look(config, run, device)
     return Subject(
         name=run.resolve().name,
         config=config,
-        rounds=outcome.rounds(run / "metrics.jsonl", metrics.read(run), n, done),
+        rounds=rounds,
         train=[len(split.train(client)) for client in range(n)],
         test=[len(split.test(client)) for client in range(n)],
         counts=split.counts(dataset.labels, len(dataset.classes)),

@@ -162,11 +162,12 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         weights.append([round(math.fsum(w) / len(w), 4) if w else None for w in own.values()])
         counts.append([len(w) for w in own.values()])
     top = max(w for row in weights for w in row if w is not None)
+    names = [label(classes[c]) for c in seen]
     data = {
         "type": "heatmap",
-        "x": [label(classes[c], 24, 1) for c in seen],
         "y": [str(one.client) for one in found],
         "z": weights,
+        "text": [names] * len(found),
         "customdata": counts,
         "zmin": 0,
         "zmax": top or 1,
@@ -174,14 +175,16 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         "xgap": 1 if len(seen) <= 40 else 0,
         "ygap": 1,
         "hoverongaps": False,
-        "hovertemplate": "client %{y}<br>%{x}<br>%{z:.4f}, mean of %{customdata} samples<extra></extra>",
+        "hovertemplate": "client %{y}<br>%{text}<br>%{z:.4f}, mean of %{customdata} samples<extra></extra>",
         "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 0, "nticks": 5},
     }
-    axis = {"type": "category", "showgrid": False, "zeroline": False, "automargin": True}
+    axis = {"showgrid": False, "zeroline": False, "automargin": True}
+    ticks = range(0, len(seen), -(-len(seen) // 25))
+    short = {"tickvals": list(ticks), "ticktext": [label(classes[seen[i]], 14, 1) for i in ticks]}
     layout = {
         "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "xaxis": axis | {"title": {"text": "class"}},
-        "yaxis": axis | {"title": {"text": "client"}, "autorange": "reversed"},
+        "xaxis": axis | short | {"title": {"text": "class"}},
+        "yaxis": axis | {"type": "category", "title": {"text": "client"}, "autorange": "reversed"},
     }
     what = f"Mean weight of the global expert by client and class, at most {digits(top)}"
     note = "Empty: the client has no such sample among those looked at."

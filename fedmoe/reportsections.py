@@ -109,7 +109,7 @@ class ReportSections:
             yield "best accuracy", _accuracy(self._best.accuracy.mean), f"mean, after round {self._best.number}"
         yield "rounds", f"{len(s.rounds)}", "all" if len(s.rounds) == wanted else f"of {wanted}"
         sampled = f", {statistics.median(len(r.sampled) for r in s.rounds):g} a round" if s.rounds else ""
-        yield "clients", f"{len(s.train):,}", f"{len(set(self._models))} models{sampled}"
+        yield "clients", f"{len(s.train):,}", f"{_count(len(set(self._models[: len(s.train)])), 'model')}{sampled}"
         if not s.rounds:
             return
         whole, train = sum(r.seconds for r in s.rounds), sum(r.train_seconds for r in s.rounds)
@@ -124,7 +124,7 @@ class ReportSections:
             yield "energy", scaled(joules, "J"), f"{scaled(1000 * joules / samples, 'J')} per 1000 samples"
         if s.gates:
             weights = [weight for one in s.gates for weight in one.weights]
-            more = f"of the global expert, mean over samples of {len(s.gates)} clients"
+            more = f"of the global expert, mean over samples of {_count(len(s.gates), 'client')}"
             yield "gate's weight", digits(statistics.mean(weights)), more
 
     def _clients(self) -> str:
@@ -132,7 +132,7 @@ class ReportSections:
         if line is None or line.accuracy is None:
             return ""
         drawn = self._figure(reportfigures.clients(line, self._models))
-        said = f"After round {line.number}, {len(line.evaluated):,} of {len(self._s.train):,} clients"
+        said = f"After round {line.number}, {len(line.evaluated):,} of {_count(len(self._s.train), 'client')}"
         return paragraphs([said]) + drawn + self._models_table(line) + self._clients_table(line)
 
     def _models_table(self, line: Round) -> str:
@@ -168,7 +168,7 @@ class ReportSections:
             return ""
         what = (
             "A gate weighs, for each sample, the shared global expert against the client's own local expert; the two "
-            f"weights add up to 1. Of {len(s.gates)} of {len(s.train)} clients, on at most "
+            f"weights add up to 1. Of {len(s.gates)} of {_count(len(s.train), 'client')}, on at most "
             f"{max(len(one.weights) for one in s.gates)} held-out samples of each, after round {len(s.rounds)}"
         )
         plots = [reportfigures.gates(s.gates), reportfigures.gates_by_class(s.gates, s.classes)]
@@ -189,8 +189,8 @@ class ReportSections:
         if not s.pictures:
             return ""
         what = (
-            "A t-SNE of held-out samples for each of some clients, of what its experts make of them and of their mixture: "
-            "near samples are represented alike; the axes of one client's plots are the same"
+            "A t-SNE for each of some clients, of what its experts, and their mixture, make of its held-out samples: "
+            "near ones are represented alike; the axes of one client's plots are the same"
         )
         colors = reportfigures.class_colors(label for one in s.pictures for label in one.labels)
         names = [(s.classes[c], color) for c, color in colors.items()]
@@ -204,8 +204,8 @@ class ReportSections:
 
     def _target(self) -> str:
         s = self._s
-        if self._best is None or self._best.accuracy is None or self._best.accuracy.mean is None:
-            return ""
+        if self._best is None or self._best.accuracy is None or not self._best.accuracy.mean:
+            return paragraphs([f"No round has an accuracy, so none reached {s.target}"]) if s.target else ""
         top = self._best.accuracy.mean
         asked = [] if s.target is None else [s.target]
         rows: list[Row] = []
@@ -266,8 +266,11 @@ def _accuracy(value: float | None) -> str:
 
 
 def _many(over: Over) -> str:
-    known = sum(value is not None for value in over.clients)
-    return f"{known:,} client{'s' * (known != 1)}"
+    return _count(sum(value is not None for value in over.clients), "client")
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}{'s' * (number != 1)}"
 
 
 def _listed(clients: Sequence[int], most: int = 20) -> str:
