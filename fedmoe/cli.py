@@ -98,6 +98,13 @@ def _parser() -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
     evaluate.set_defaults(act=_evaluate, parser=evaluate)
 
+    report = commands.add_parser("report", help="show what a run came to, on one page")
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, metavar="FILE", help="write the page there, not to RUN/report.html")
+    report.add_argument("--profile", type=Path, metavar="DIR", help="show this folder of `fedmoe profile`, too")
+    report.add_argument("--target", type=float, metavar="ACCURACY", help="show what reaching this accuracy took")
+    report.set_defaults(act=_report, parser=report)
+
     plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(act=_plan)
@@ -187,6 +194,12 @@ def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     from fedmoe.run import evaluate
 
     evaluate(args.run, args.clients, args.aggregated, args.json)
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe.run import write_report
+
+    write_report(args.run, args.out, args.target, args.profile)
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:

@@ -18,6 +18,8 @@ class Run:
     """CPU threads for arithmetic; 0 takes PyTorch's choice. The number used is saved and restored on resume."""
     deterministic: bool = False
     """Use deterministic algorithms only: bit-identical from run to run on a GPU too."""
+    report: bool = True
+    """Write `report.html` into the run folder at the end."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 import fedmoe
-from fedmoe import checkpoint, configfile, engines, metrics, mixture, planning
+from fedmoe import checkpoint, configfile, engines, metrics, mixture, planning, report
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, summary, warn
-from fedmoe.errors import OutputLost, UserError
+from fedmoe.errors import OutputLost, UsageError, UserError
 from fedmoe.files import write_atomic
 from fedmoe.partition import Split
 from fedmoe.rounds import evaluation, run_rounds
@@ -25,7 +25,10 @@ from fedmoe.rounds import evaluation, run_rounds
 STARTED = {".lock", "partition.safetensors", "environment.json", "plan.json", "server.r0.safetensors", "manifest.json"}
 """What a start that was killed can leave behind, besides temporary files; the next start overwrites it."""
 
-FREE = ("run.dir", "run.device", "run.threads", "federation.rounds", "data.name", "evaluation.", "checkpoint.")
+FREE = (
+    *("run.dir", "run.device", "run.threads", "run.report"),
+    *("federation.rounds", "data.name", "evaluation.", "checkpoint."),
+)
 """What may be changed in the configuration of a run that has begun: all else decides what its numbers are."""
 
 
@@ -118,6 +121,24 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
         accuracies(Output(), config, Split.load(run / "partition.safetensors"), line)
 
 
+def write_report(run: Path, out: Path | None, target: float | None, profile: Path | None) -> None:
+    """Write the report of a run to the file `out`, into its folder if that is None, and print where.
+
+    `target` is an accuracy whose cost is shown; `profile` the folder of a profile that is shown, too.
+    """
+    if target is not None and not 0 < target <= 1:
+        raise UsageError(f"--target is {target}, must be an accuracy, more than 0 and at most 1")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out is {out}, must be a file in a folder that exists")
+    config = _open(run)
+    shown = report.read_profile(profile) if profile else None
+    # Others may look at the run meanwhile, unless the report is written into its folder.
+    with _locked(run, fcntl.LOCK_SH if out else fcntl.LOCK_EX):
+        device = _restore(config, run)
+        path = report.write(config, run, device, out, target, shown)
+    Output().print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a bit-identical repetition depends on besides the configuration."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
@@ -144,6 +165,11 @@ def _cpu() -> str:
 def _finish(config: Config, run: Path, device: torch.device) -> None:
     engines.sweep(run)
     run_rounds(config, run, device)
+    if config.run.report:
+        try:
+            report.write(config, run, device)
+        except Exception as error:  # all else is on disk: whatever it is, it must not cost the run
+            warn(f"no report: {type(error).__name__}: {error}; `fedmoe report {run}` tries again")
     console = Output()
     with contextlib.suppress(OutputLost, OSError):  # all is on disk
         summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))

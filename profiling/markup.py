@@ -1,4 +1,4 @@
-"""Pieces of HTML for the profile's page: numbers as people write them, tables, figures, all text escaped."""
+"""Pieces of HTML for pages: numbers as people write them, tables, figures, all text escaped."""
 
 import html
 import json
@@ -132,6 +132,34 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Row], words: Collect
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table{kind}>'
         f"<thead><tr>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def cards(items: Iterable[tuple[str, str, str]]) -> str:
+    """Name, value and small print of each key number."""
+    made = "".join(
+        f"<div><dt>{text(name)}</dt><dd><b>{_with_unit(value)}</b><small>{text(more)}</small></dd></div>"
+        for name, value, more in items
+    )
+    return f'<dl class="cards">{made}</dl>' if made else ""
+
+
+def _with_unit(value: str) -> str:
+    """A number, and what follows it in smaller print."""
+    number, _, unit = value.partition(THIN)
+    return text(number) + (f" <span>{text(unit)}</span>" if unit else "")
+
+
+def swatches(names: Iterable[tuple[str, str]]) -> str:
+    """Names, each with its color: a legend of several plots."""
+    entries = "".join(
+        f'<li><span class="swatch" style="color:{color}"></span>{text(name)}</li>' for name, color in names
+    )
+    return f'<ul class="legend names">{entries}</ul>' if entries else ""
+
+
+def paragraphs(sentences: Iterable[str]) -> str:
+    """One each, with capital and full stop."""
+    return "".join(f"<p>{text(sentence(one))}.</p>" for one in sentences)
 
 
 def details(summary: str, inner: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from fedmoe.profiling.roofline import Ceilings, Point
@@ -182,6 +182,21 @@ class Profile:
             "observing": self.observing,
         }
         return json.dumps(made | asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, source: str) -> "Profile":
+        """Of what `to_json` wrote. Raises ValueError where it is something else."""
+        lists = {"rounds": Round, "ranges": Range, "memory": Memory, "energy": Energy}
+        lists |= {"operators": Point, "batches": BatchSize, "findings": Finding}
+        single = {"device": DeviceUse, "transfers": Transfers, "roof": Ceilings}
+        try:
+            made = json.loads(source)
+            given = {field.name: made[field.name] for field in fields(cls)}
+            given |= {name: [kind(**one) for one in given[name]] for name, kind in lists.items()}
+            given |= {name: given[name] and kind(**given[name]) for name, kind in single.items()}
+            return cls(**given)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a profile ({type(error).__name__}: {error})") from error
 
 
 def quantiles(values: Sequence[float]) -> tuple[float | None, float | None]:

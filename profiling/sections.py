@@ -6,13 +6,14 @@ from typing import Any
 
 from fedmoe.profiling import figures, timeline
 from fedmoe.profiling.markup import (
-    THIN,
     Cell,
     Figure,
     Row,
+    cards,
     details,
     digits,
     flat,
+    paragraphs,
     percent,
     quantity,
     scaled,
@@ -24,6 +25,7 @@ from fedmoe.profiling.markup import (
 )
 from fedmoe.profiling.profile import Profile, quantiles
 from fedmoe.profiling.roofline import Point
+from fedmoe.profiling.shell import Section
 from fedmoe.profiling.spans import Span
 from fedmoe.profiling.trace import Series
 
@@ -33,31 +35,34 @@ SOURCES = {"host": "host's clock", "events": "CUDA events", "uncaptured": "round
 
 
 class Sections:
-    """Makes the sections, and keeps the figures that they place."""
+    """Makes the sections, and keeps the figures that they place; `prefix` tells those of one page apart."""
 
-    def __init__(self, profile: Profile, spans: Sequence[Span], series: Mapping[str, Series]) -> None:
+    def __init__(
+        self, profile: Profile, spans: Sequence[Span] = (), series: Mapping[str, Series] | None = None, prefix: str = ""
+    ) -> None:
         self.figures: list[Figure] = []
-        self._p, self._spans, self._series = profile, spans, series
+        self._p, self._spans, self._series, self._prefix = profile, spans, series or {}, prefix
         phases = [*(r.phase for r in profile.ranges), *(span.phase for span in spans)]
         self._colors = figures.palette(phases)
 
-    def all(self) -> Iterator[tuple[str, str, str]]:
-        """Name, title and content of each; without content it is to be left out."""
+    def all(self) -> Iterator[Section]:
+        """Each, with content or without."""
         p = self._p
-        yield "findings", "Findings", self._findings()
-        yield "numbers", "Key numbers", self._numbers()
-        yield "ranges", "Where the rounds went", self._ranges()
-        yield "time", "Timeline of one round", self._figure(timeline.figure(self._spans, self._colors))
-        yield "roof", "Roofline", self._figure(figures.roofline(p.operators, p.roof))
-        yield "operators", "Slowest operators", self._operators()
-        yield "sizes", "Batch sizes", self._figure(figures.batches(p.batches))
-        yield "memory", "Memory", self._memory()
-        yield "meters", "Meters", self._meters()
-        yield "setup", "Plan and configuration", self._setup()
+        yield Section("findings", "Findings", self._findings())
+        yield Section("numbers", "Key numbers", self._numbers())
+        yield Section("ranges", "Where the rounds went", self._ranges())
+        yield Section("time", "Timeline of one round", self._figure(timeline.figure(self._spans, self._colors)))
+        yield Section("roof", "Roofline", self._figure(figures.roofline(p.operators, p.roof)))
+        yield Section("operators", "Slowest operators", self._operators())
+        yield Section("sizes", "Batch sizes", self._figure(figures.batches(p.batches)), half=True)
+        yield Section("memory", "Memory", self._memory(), half=True)
+        yield Section("meters", "Meters", self._meters())
+        yield Section("setup", "Plan and configuration", self._setup())
 
     def _figure(self, figure: Figure | None) -> str:
         if figure is None:
             return ""
+        figure.name = self._prefix + figure.name
         self.figures.append(figure)
         return figure.html()
 
@@ -69,12 +74,7 @@ class Sections:
         return f'<ol class="findings">{"".join(items)}</ol>' if items else ""
 
     def _numbers(self) -> str:
-        cards = "".join(
-            f"<div><dt>{text(name)}</dt><dd><b>{_with_unit(value)}</b><small>{text(more)}</small></dd></div>"
-            for name, value, more in self._cards()
-        )
-        notes = "".join(f"<p>{text(sentence(note))}.</p>" for note in self._p.notes)
-        return (f'<dl class="cards">{cards}</dl>' if cards else "") + notes
+        return cards(self._cards()) + paragraphs(self._p.notes)
 
     def _cards(self) -> Iterator[tuple[str, str, str]]:
         p = self._p
@@ -185,24 +185,30 @@ class Sections:
 
     def _setup(self) -> str:
         p = self._p
-        reasons = p.plan.get("reasons")
-        reasons = reasons if isinstance(reasons, Mapping) else {}
-        plan = [
-            [name, value, str(reasons.get(name, ""))]
-            for name, value in flat({k: v for k, v in p.plan.items() if k != "reasons"})
-        ]
         rounds = [
             [str(i + 1), *map(seconds, (r.seconds, r.train_seconds, r.evaluate_seconds)), f"{r.samples:,}"]
             for i, r in enumerate(p.rounds)
         ]
-        tables: list[tuple[str, list[str], list[Any]]] = [
-            ("Plan", ["field", "value", "because"], plan),
-            ("Configuration", ["field", "value"], [list(pair) for pair in flat(p.config)]),
-            ("Environment", ["what", "value"], [list(pair) for pair in flat(p.environment)]),
-        ]
-        made = [details(name, table(name, head, rows, range(len(head)))) for name, head, rows in tables if rows]
         head = ["round", "time", "training", "evaluation", "samples"]
-        return "".join(made) + details("Measured rounds", table("Measured rounds", head, rounds))
+        return setup(p.plan, p.config, p.environment) + details(
+            "Measured rounds", table("Measured rounds", head, rounds)
+        )
+
+
+def setup(plan: Mapping[str, Any], config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Tables to open: the plan with its reasons, the configuration, the environment."""
+    reasons = plan.get("reasons")
+    reasons = reasons if isinstance(reasons, Mapping) else {}
+    decided = [
+        [name, value, str(reasons.get(name, ""))]
+        for name, value in flat({k: v for k, v in plan.items() if k != "reasons"})
+    ]
+    tables: list[tuple[str, list[str], list[list[str]]]] = [
+        ("Plan", ["field", "value", "because"], decided),
+        ("Configuration", ["field", "value"], [list(pair) for pair in flat(config)]),
+        ("Environment", ["what", "value"], [list(pair) for pair in flat(environment)]),
+    ]
+    return "".join(details(name, table(name, head, rows, range(len(head)))) for name, head, rows in tables if rows)
 
 
 def _operator(p: Point, whole: float) -> list[Cell | str]:
@@ -232,12 +238,6 @@ def _summaries(meters: Mapping[str, Any]) -> str:
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _with_unit(value: str) -> str:
-    """A number, and what follows it in smaller print."""
-    number, _, unit = value.partition(THIN)
-    return text(number) + (f" <span>{text(unit)}</span>" if unit else "")
 
 
 def _words(name: str) -> str:

@@ -18,11 +18,13 @@ from fedmoe.config import Config
 from fedmoe.engine.seam import Payload
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--data.limit=300", "--federation.clients=5", "--federation.rounds=2", "--run.threads=1")
-"""Command-line options of a run of about a second."""
+SMALL = ("--data.limit=300", "--federation.clients=5", "--federation.rounds=2", "--run.threads=1", "--run.no-report")
+"""Command-line options of a run of about a second; its report would take another."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["fedmoe.run", "fedmoe.cli", "fedmoe.configfile", "sklearn.datasets", "tensorboardX"])
+_processes.set_forkserver_preload(
+    ["fedmoe.run", "fedmoe.cli", "fedmoe.configfile", "sklearn.datasets", "sklearn.manifold", "tensorboardX"]
+)
 
 
 def changed(config: Config, **sections: Any) -> Config:

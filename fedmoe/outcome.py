@@ -1,0 +1,175 @@
+"""What a run's metrics say: its rounds as checked numbers, and what it took to reach an accuracy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedmoe.errors import UserError
+from fedmoe.metrics import Line
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """A number over the evaluated clients; None where it was not finite."""
+
+    mean: float | None
+    std: float | None
+    clients: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round."""
+
+    number: int
+    loss: float | None
+    """Training loss; None where every client was rolled back."""
+    bytes_up: int
+    bytes_down: int
+    flops: float
+    seconds: float
+    train_seconds: float
+    samples: int
+    """Trained on."""
+    energy: float | None
+    """Joules, where they are known."""
+    sampled: list[int]
+    rolled_back: list[int]
+    not_finite: list[int] = field(default_factory=list)
+    """Clients whose test loss is not."""
+    parts: dict[int, int] = field(default_factory=dict)
+    """Clients whose batches are taken in parts, and in how many."""
+    skipped: int = 0
+    """Steps of fp16 whose gradients overflowed."""
+    evaluated: list[int] = field(default_factory=list)
+    accuracy: Over | None = None
+    """On held-out samples, with the client's own global expert (personalized)."""
+    aggregated: Over | None = None
+    """With the newly averaged one."""
+    test_loss: Over | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a run had taken when its mean accuracy first was at least `target`."""
+
+    target: float
+    round: int
+    bytes: int
+    """Up and down, of all clients: rounds × bytes a round."""
+    flops: float
+    seconds: float
+    """Of whole rounds, evaluation included."""
+    energy: float | None
+
+
+def rounds(path: Path, lines: Sequence[Line], clients: int, done: int) -> list[Round]:
+    """The first `done` rounds from `lines` of the file `path`, of a run with so many clients.
+
+    Raises UserError naming the file, the round and what is wrong with its line.
+    """
+    lines = lines[:done]
+    held = [line["round"] for line in lines]
+    if held != list(range(1, done + 1)):
+        missing = min(set(range(1, done + 1)) - set(held), default=0)
+        what = f"has no line of round {missing}, the checkpoint does" if missing else "its rounds are not in order"
+        raise UserError(f"{path}: {what}: restore it")
+    made = []
+    for line in lines:
+        try:
+            made.append(_round(line, clients))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: the line of round {line['round']} is damaged ({why}): restore it") from error
+    return made
+
+
+def best(found: Sequence[Round]) -> Round | None:
+    """The first with the highest mean accuracy; None where none has one."""
+    known = [r for r in found if r.accuracy is not None and r.accuracy.mean is not None]
+    return max(known, key=lambda r: (_mean(r), -r.number), default=None)
+
+
+def last(found: Sequence[Round]) -> Round | None:
+    """The last that was evaluated."""
+    return next((r for r in reversed(found) if r.accuracy is not None), None)
+
+
+def reached(found: Sequence[Round], target: float) -> Reached | None:
+    """What reaching the target took; None where no evaluated round did."""
+    hit = next((r.number for r in found if _mean(r) >= target), None)
+    if hit is None:
+        return None
+    taken = [r for r in found if r.number <= hit]
+    return Reached(
+        target,
+        hit,
+        sum(r.bytes_up + r.bytes_down for r in taken),
+        sum(r.flops for r in taken),
+        sum(r.seconds for r in taken),
+        energy(taken),
+    )
+
+
+def energy(found: Sequence[Round]) -> float | None:
+    """Joules of the rounds; None where one of them is not known."""
+    known = [r.energy for r in found if r.energy is not None]
+    return sum(known) if known and len(known) == len(found) else None
+
+
+def _mean(r: Round) -> float:
+    return -math.inf if r.accuracy is None or r.accuracy.mean is None else r.accuracy.mean
+
+
+def _round(line: Line, clients: int) -> Round:
+    seconds, each = line["seconds"], line["clients"]
+    evaluated = _ids(line.get("evaluated", []), clients)
+    joules = line.get("energy_j")
+    return Round(
+        number=line["round"],
+        loss=_maybe(line["loss"]),
+        bytes_up=int(_number(line["bytes_up"])),
+        bytes_down=int(_number(line["bytes_down"])),
+        flops=_number(line["flops"]),
+        seconds=_number(seconds["round"]),
+        train_seconds=_number(seconds["train"]),
+        samples=int(sum(map(_number, each["samples"]))),
+        energy=joules if isinstance(joules, int | float) else None,
+        sampled=_ids(line["sampled"], clients),
+        rolled_back=_ids(line["rolled_back"], clients),
+        not_finite=_ids(line.get("not_finite", []), clients),
+        parts={int(client): int(parts) for client, parts in line.get("parts", {}).items()},
+        skipped=int(_number(line.get("skipped", 0))),
+        evaluated=evaluated,
+        accuracy=_over(line, "accuracy", evaluated),
+        aggregated=_over(line, "accuracy_aggregated", evaluated),
+        test_loss=_over(line, "test_loss", evaluated),
+    )
+
+
+def _over(line: Line, name: str, evaluated: list[int]) -> Over | None:
+    if name not in line:
+        return None
+    found = line[name]
+    values = [_maybe(value) for value in found["clients"]]
+    if len(values) != len(evaluated):
+        raise ValueError(f"{name} is of {len(values)} clients, {len(evaluated)} were evaluated")
+    return Over(_maybe(found["mean"]), _maybe(found["std"]), values)
+
+
+def _ids(values: Any, clients: int) -> list[int]:
+    if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < clients for v in values):
+        raise ValueError(f"{str(values)[:40]} are not clients of 0 to {clients - 1}")
+    return values
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return value
