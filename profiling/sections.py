@@ -24,6 +24,7 @@ from fedmoe.profiling.markup import (
 )
 from fedmoe.profiling.profile import Profile, quantiles
 from fedmoe.profiling.roofline import Point
+from fedmoe.profiling.shell import Section
 from fedmoe.profiling.spans import Span
 from fedmoe.profiling.trace import Series
 
@@ -41,19 +42,19 @@ class Sections:
         phases = [*(r.phase for r in profile.ranges), *(span.phase for span in spans)]
         self._colors = figures.palette(phases)
 
-    def all(self) -> Iterator[tuple[str, str, str]]:
-        """Name, title and content of each; without content it is to be left out."""
+    def all(self) -> Iterator[Section]:
+        """Each, with content or without."""
         p = self._p
-        yield "findings", "Findings", self._findings()
-        yield "numbers", "Key numbers", self._numbers()
-        yield "ranges", "Where the rounds went", self._ranges()
-        yield "time", "Timeline of one round", self._figure(timeline.figure(self._spans, self._colors))
-        yield "roof", "Roofline", self._figure(figures.roofline(p.operators, p.roof))
-        yield "operators", "Slowest operators", self._operators()
-        yield "sizes", "Batch sizes", self._figure(figures.batches(p.batches))
-        yield "memory", "Memory", self._memory()
-        yield "meters", "Meters", self._meters()
-        yield "setup", "Plan and configuration", self._setup()
+        yield Section("findings", "Findings", self._findings())
+        yield Section("numbers", "Key numbers", self._numbers())
+        yield Section("ranges", "Where the rounds went", self._ranges())
+        yield Section("time", "Timeline of one round", self._figure(timeline.figure(self._spans, self._colors)))
+        yield Section("roof", "Roofline", self._figure(figures.roofline(p.operators, p.roof)))
+        yield Section("operators", "Slowest operators", self._operators())
+        yield Section("sizes", "Batch sizes", self._figure(figures.batches(p.batches)), half=True)
+        yield Section("memory", "Memory", self._memory(), half=True)
+        yield Section("meters", "Meters", self._meters())
+        yield Section("setup", "Plan and configuration", self._setup())
 
     def _figure(self, figure: Figure | None) -> str:
         if figure is None:
