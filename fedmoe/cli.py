@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-        if rest and args.command not in ("train", "plan", "profile"):
+        if rest and args.command not in ("train", "sweep", "plan", "profile"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(args, rest)
     try:
@@ -104,6 +105,22 @@ def _parser() -> Parser:
     report.add_argument("--profile", type=Path, metavar="DIR", help="show this folder of `fedmoe profile`, too")
     report.add_argument("--target", type=float, metavar="ACCURACY", help="show what reaching this accuracy took")
     report.set_defaults(act=_report, parser=report)
+
+    compare = commands.add_parser("compare", help="compare runs: which of their differences exceed the noise")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of some")
+    compare.add_argument("--round", type=int, metavar="R", help="at this round; else the last that all have evaluated")
+    compare.add_argument("--target", type=float, metavar="ACCURACY", help="also what each took to this accuracy")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="write a page with plots there (HTML)")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(act=_compare, parser=compare)
+
+    sweep = commands.add_parser(
+        "sweep", help="train every combination of settings, and compare", add_help=False, allow_abbrev=False
+    )
+    sweep.add_argument("--seeds", default="1")
+    sweep.add_argument("--dir", type=Path, default=Path("runs/sweep"))
+    sweep.add_argument("--json", action="store_true")
+    sweep.set_defaults(act=_sweep)
 
     plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
     plan.add_argument("--json", action="store_true")
@@ -176,12 +193,16 @@ def _profile(args: argparse.Namespace, rest: list[str]) -> None:
 def _config(words: list[str], command: str, does: str) -> "Config":
     """The configuration from a file, if the first word is one, and from options."""
     from fedmoe import configfile
+
+    return configfile.override(_file(words), words, command, does)
+
+
+def _file(words: list[str]) -> "Config":
+    """The configuration from a file, if the first word, which is then taken away, is one."""
+    from fedmoe import configfile
     from fedmoe.config import Config
 
-    config = Config()
-    if words and not words[0].startswith("-"):
-        config = configfile.read(Path(words.pop(0)))
-    return configfile.override(config, words, command, does)
+    return configfile.read(Path(words.pop(0))) if words and not words[0].startswith("-") else Config()
 
 
 def _resume(args: argparse.Namespace, rest: list[str]) -> None:
@@ -200,6 +221,23 @@ def _report(args: argparse.Namespace, rest: list[str]) -> None:
     from fedmoe.run import write_report
 
     write_report(args.run, args.out, args.target, args.profile)
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe import compare
+
+    compare.run(args.runs, args.json, args.out, args.round, args.target)
+
+
+def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
+    said = shlex.join(["fedmoe", "sweep", *rest, "--seeds", args.seeds, "--dir", str(args.dir)])
+    base = _file(rest)
+    from fedmoe import grid
+
+    planned = grid.parse(base, rest, args.seeds)
+    from fedmoe import sweep
+
+    return sweep.run(planned, args.dir, args.json, said)
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe import checkpoint, data, mixture, partition
+from fedmoe import config as settings
 from fedmoe.config import Config
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
 from fedmoe.engine.seeds import globals_kept
@@ -162,8 +163,13 @@ def measured(client: Client) -> tuple[int, tuple[str, ...]]:
     return total // len(x), tuple(unused)
 
 
-load_data = lru_cache(maxsize=2)(data.load)
-"""The data set, read once for all clients of a process; two, so that two runs can be compared."""
+def load_data(config: settings.Data, seed: int) -> data.Dataset:
+    """The data set, read once for all clients of a process, and for all seeds where these do not choose its samples."""
+    return _load(config, seed if config.limit else 0)
+
+
+_load = lru_cache(maxsize=2)(data.load)
+"""Two, so that two runs can be compared."""
 
 
 @lru_cache(maxsize=2)

@@ -8,6 +8,7 @@ import math
 import re
 import tomllib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +50,15 @@ def read(path: Path) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
+def option(word: str) -> str:
+    """The field that the option `word` sets, as --section.field, with =value or not; UsageError if there is none."""
+    key = word[2:].partition("=")[0].replace("-", "_")
+    bare = re.sub(r"^((?:\w+\.)*)no_", r"\1", key)
+    if bare not in _names(Config):
+        raise UsageError(_unknown(word.partition("=")[0], bare))
+    return bare
+
+
 def override(config: Config, words: list[str], command: str = "train", does: str = "Train a federation.") -> Config:
     """`config` with dotted command-line options applied, e.g. ["--federation.rounds", "50"].
 
@@ -57,10 +67,8 @@ def override(config: Config, words: list[str], command: str = "train", does: str
     Raises UsageError for an unknown option, naming the nearest, and for a value that does not fit.
     """
     for word in words:
-        if word.startswith("--"):
-            key = re.sub(r"^((?:\w+\.)*)no[-_]", r"\1", word[2:].partition("=")[0]).replace("-", "_")
-            if key not in _names(Config) and key != "help":
-                raise UsageError(_unknown(word.partition("=")[0], key))
+        if word.startswith("--") and word != "--help":
+            option(word)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -119,9 +127,8 @@ def check(config: Config) -> None:
     gate_norms(config.gate.norm)
 
 
-def ignored(config: Config) -> list[str]:
-    """A line for every field that was set but has no effect in this configuration."""
-    c, defaults = config, flat(Config())
+def unused(config: Config) -> dict[str, str]:
+    """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
     shared = ["gate.norm", "gate.hidden"]
     alone = [
         *shared,
@@ -130,26 +137,68 @@ def ignored(config: Config) -> list[str]:
         "federation.aggregation",
         "evaluation.aggregated",
     ]
-    unused = {
-        f'method = "{c.method}"': {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[
-            c.method
-        ],
-        f'partition.kind = "{c.partition.kind}"': {
+    without = {
+        "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
+        "partition.kind": {
             "pathological": ["partition.alpha"],
             "dirichlet": ["partition.classes_per_client"],
             "iid": ["partition.alpha", "partition.classes_per_client"],
-        }[c.partition.kind],
-        f'engine.kind = "{c.engine.kind}"': {
+        }[config.partition.kind],
+        "engine.kind": {
             "fast": [],
-            "reference": [name for name in defaults if name.startswith("engine.") and name != "engine.kind"],
-        }[c.engine.kind],
+            "reference": [name for name in flat(config) if name.startswith("engine.") and name != "engine.kind"],
+        }[config.engine.kind],
     }
+    values = flat(config)
+    return {name: f'{cause} = "{values[cause]}"' for cause, names in without.items() for name in names}
+
+
+def ignored(config: Config) -> list[str]:
+    """A line for every field that was set but has no effect in this configuration."""
+    values, defaults = flat(config), flat(Config())
     return [
-        f"{name} = {value} has no effect with {cause}"
-        for cause, names in unused.items()
-        for name, value in flat(c).items()
-        if name in names and value != defaults[name]
+        f"{name} = {values[name]} has no effect with {cause}"
+        for name, cause in unused(config).items()
+        if values[name] != defaults[name]
     ]
+
+
+def effective(config: Config) -> Config:
+    """The same federation, with every field that has no effect at its default: equal where the numbers must be."""
+    defaults = flat(Config())
+    return with_values(config, {name: defaults[name] for name in unused(config)})
+
+
+def with_values(config: C, values: Mapping[str, Any]) -> C:
+    """`config` with fields replaced, by their dotted names."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    for section in {name.partition(".")[0] for name in values if "." in name}:
+        inner = {name.removeprefix(f"{section}."): v for name, v in values.items() if name.startswith(f"{section}.")}
+        own[section] = with_values(getattr(config, section), inner)
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
+def parse(name: str, word: str) -> Any:
+    """The value of field `name` that a word gives; `+` joins the entries of a list. UserError if it does not fit."""
+    kind: Any = Config
+    for part in name.split("."):
+        kind = typing.get_type_hints(kind)[part]
+    value: Any = word
+    if typing.get_origin(kind) is tuple:
+        value = word.split("+")
+    elif kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(word)
+    elif kind is bool:
+        value = {"true": True, "false": False}.get(word, word)
+    return _value(name, kind, value)
+
+
+def shown(value: Any) -> str:
+    """A value as `parse` takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _build(cls: type[C], table: dict[str, Any], prefix: str) -> C:

@@ -35,8 +35,8 @@ def warn(text: str) -> None:
 class Display:
     """Shows a run's rounds as they pass; raises OutputLost if nobody takes it. Use it as a context manager."""
 
-    def __init__(self, rounds: int, done: int, jobs: int) -> None:
-        self.console = Output()
+    def __init__(self, rounds: int, done: int, jobs: int, console: Console) -> None:
+        self.console = console
         self.rounds, self.jobs, self._done = rounds, jobs, done
         self._samples, self._seconds = 0.0, 0.0
         self._start = self._since = time.perf_counter()

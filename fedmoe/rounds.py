@@ -13,11 +13,12 @@ from types import FrameType
 from typing import Protocol
 
 import torch
+from rich.console import Console
 
 from fedmoe import engines
 from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
-from fedmoe.display import Display
+from fedmoe.display import Display, Output
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
 from fedmoe.errors import DiskError, OutputLost, UserError
@@ -30,14 +31,25 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop and did; the message says after which round and how to go on."""
 
 
-def run_rounds(config: Config, run: Path, device: torch.device) -> None:
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a run may be part of, as a sweep."""
+
+    console: Console
+    """Where its rounds are told of."""
+    hint: str
+    """How the whole is continued."""
+
+
+def run_rounds(config: Config, run: Path, device: torch.device, whole: Whole | None = None) -> None:
     """Take the run in folder `run` from its last checkpoint to its last round.
 
     Raises Stopped after SIGINT, SIGTERM or SIGHUP, or where nobody takes the output any more, once the step in hand is
     done and the last whole round is on disk; and UserError where the disk refuses a write. Whatever else goes wrong,
     the rounds that are over are saved first.
     """
-    hint = f"continue with: fedmoe resume {shlex.quote(str(run))}"
+    whole = whole or Whole(Output(), f"continue with: fedmoe resume {shlex.quote(str(run))}")
+    hint = whole.hint
     with ExitStack() as stack:
         stop = stack.enter_context(_stopping())
         engine = stack.enter_context(engines.opened(config, run, device, stop.event))
@@ -47,7 +59,7 @@ def run_rounds(config: Config, run: Path, device: torch.device) -> None:
         server = Server(config, load(run, writer.manifest.server))
         log = stack.enter_context(Log(run, done))
         rounds = config.federation.rounds
-        display = stack.enter_context(Display(rounds, done, len(server.sample(1))))
+        display = stack.enter_context(Display(rounds, done, len(server.sample(1)), whole.console))
 
         def save() -> None:
             with _disk(hint):

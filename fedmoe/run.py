@@ -20,7 +20,7 @@ from fedmoe.display import Output, accuracies, summary, warn
 from fedmoe.errors import OutputLost, UsageError, UserError
 from fedmoe.files import write_atomic
 from fedmoe.partition import Split
-from fedmoe.rounds import evaluation, run_rounds
+from fedmoe.rounds import Whole, evaluation, run_rounds
 
 STARTED = {".lock", "partition.safetensors", "environment.json", "plan.json", "server.r0.safetensors", "manifest.json"}
 """What a start that was killed can leave behind, besides temporary files; the next start overwrites it."""
@@ -32,11 +32,14 @@ FREE = (
 """What may be changed in the configuration of a run that has begun: all else decides what its numbers are."""
 
 
-def train(config: Config) -> Path:
-    """Start a run, take it through its rounds, return its folder; until every check has passed nothing is written."""
+def train(config: Config, whole: Whole | None = None) -> Path:
+    """Start a run, take it through its rounds, return its folder; until every check has passed nothing is written.
+
+    As part of a whole it tells of its rounds alone.
+    """
     run = Path(config.run.dir or time.strftime("runs/%Y%m%d-%H%M%S")).expanduser()
     with started(config, run) as (config, device):
-        _finish(config, run, device)
+        _finish(config, run, device, whole)
     return run
 
 
@@ -68,7 +71,7 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     if config.method != "local":
         theta = mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
     run.mkdir(parents=True, exist_ok=True)
-    with _locked(run):
+    with locked(run):
         _check_free(run)  # once more: another process may have been faster
         split.save(run / "partition.safetensors")
         began = {"data": dataset.fingerprint, "partition": split.fingerprint, "config": configfile.flat(config)}
@@ -80,10 +83,10 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
         yield config, device
 
 
-def resume(run: Path, rounds: int | None) -> None:
+def resume(run: Path, rounds: int | None, whole: Whole | None = None) -> None:
     """Continue a run from its last checkpoint, to `rounds` rounds if given."""
     config = _open(run)
-    with _locked(run):
+    with locked(run):
         if rounds is not None:
             config = replace(config, federation=replace(config.federation, rounds=rounds))
             configfile.check(config)
@@ -99,7 +102,7 @@ def resume(run: Path, rounds: int | None) -> None:
             )
         if rounds is not None:
             write_atomic(run / "config.toml", configfile.save(config))
-        _finish(config, run, device)
+        _finish(config, run, device, whole)
 
 
 def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> None:
@@ -108,7 +111,7 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
     n = config.federation.clients
     if wrong := [client for client in clients if not 0 <= client < n]:
         raise UserError(f"there is no client {wrong[0]}: the run has clients 0 to {n - 1}")
-    with _locked(run, fcntl.LOCK_SH):  # a run in progress would take files away in the middle
+    with locked(run, fcntl.LOCK_SH):  # a run in progress would take files away in the middle
         device = _restore(config, run)
         manifest = checkpoint.read_manifest(run)
         theta = checkpoint.load(run, manifest.server)
@@ -162,14 +165,16 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _finish(config: Config, run: Path, device: torch.device) -> None:
+def _finish(config: Config, run: Path, device: torch.device, whole: Whole | None) -> None:
     engines.sweep(run)
-    run_rounds(config, run, device)
+    run_rounds(config, run, device, whole)
     if config.run.report:
         try:
             report.write(config, run, device)
         except Exception as error:  # all else is on disk: whatever it is, it must not cost the run
             warn(f"no report: {type(error).__name__}: {error}; `fedmoe report {run}` tries again")
+    if whole is not None:
+        return
     console = Output()
     with contextlib.suppress(OutputLost, OSError):  # all is on disk
         summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))
@@ -245,8 +250,8 @@ def _restore(config: Config, run: Path) -> torch.device:
 
 
 @contextlib.contextmanager
-def _locked(run: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Keep other processes out of the run; the system lets go of the lock however this process ends."""
+def locked(run: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Keep other processes out of the folder; the system lets go of the lock however this process ends."""
     handle = os.open(run / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)
     try:
         try:

@@ -80,7 +80,10 @@
       button.addEventListener("click", () => {
         const shown = button.getAttribute("aria-pressed") !== "true";
         button.setAttribute("aria-pressed", String(shown));
-        figures[button.dataset.plot].data[button.dataset.trace].visible = shown;
+        const { data } = figures[button.dataset.plot];
+        const group = (trace, i) => trace.legendgroup ?? i; // as a line and its band
+        const own = group(data[button.dataset.trace], Number(button.dataset.trace));
+        data.filter((trace, i) => group(trace, i) === own).forEach((trace) => { trace.visible = shown; });
         draw(button.dataset.plot);
       });
     }

@@ -1,0 +1,91 @@
+"""What is printed of a comparison: tables for a terminal, whose cells are those of its page, too."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedmoe.contrast import Difference, Report, Row
+
+VARIANTS = ("variant", "seeds", "accuracy", "over clients", "lowest client", "test loss")
+COSTS = ("rounds", "MB", "TFLOP", "seconds")
+DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict", "compared")
+
+
+def show(console: Console, report: Report) -> None:
+    """Print all of it."""
+    if not console.is_terminal:  # a file has no width that a table must keep
+        console.width = max(console.width, 160)
+    table = Table(title=title(report), title_justify="left")
+    for name in (*VARIANTS, *COSTS):
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
+    for row in report.variants:
+        table.add_row(*map(Text, cells(row, report)))
+    console.print(table)
+    if report.differences:
+        table = Table(title=Text(f"accuracy less that of {report.variants[0].name}"), title_justify="left")
+        for name in DIFFERENCES:
+            table.add_column(name, justify="right" if name in DIFFERENCES[1:5] else "left")
+        for difference in report.differences:
+            table.add_row(*map(Text, against(difference)))
+        console.print(table)
+    for note in report.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def title(report: Report) -> str:
+    """What the variants' table shows."""
+    to = "till then" if report.target is None else f"to an accuracy of {report.target:g}"
+    return f"held-out accuracy after round {report.round}, and what it took {to}"
+
+
+def cells(row: Row, report: Report) -> list[str]:
+    """A variant's, in the order of the columns."""
+    spread = "" if row.over_seeds is None else f" ± {row.over_seeds:.4f}"
+    many = ", ".join(map(str, row.seeds)) if len(row.seeds) < 6 else f"{len(row.seeds)} seeds"
+    return [
+        row.name,
+        many,
+        "none" if row.accuracy is None else f"{row.accuracy:.4f}{spread}",
+        "" if row.over_clients is None else f"± {row.over_clients:.3f}",
+        _figure(row.lowest, "{:.3f}"),
+        _figure(row.test_loss, "{:.4f}"),
+        *_costs(row, report.target is not None),
+    ]
+
+
+def _costs(row: Row, targeted: bool) -> Iterator[str]:
+    cost = row.cost
+    if targeted and not cost.reached:
+        yield "not reached"
+        yield from ("", "", "")
+        return
+    some = f" ({cost.reached} of {len(row.seeds)} seeds)" if cost.reached < len(row.seeds) else ""
+    yield _figure(cost.rounds, "{:,.4g}") + some
+    yield _figure(cost.bytes, "{:,.1f}", 1e6)
+    yield _figure(cost.flops, "{:,.4g}", 1e12)
+    yield _figure(cost.seconds, "{:,.1f}")
+
+
+def against(difference: Difference) -> list[str]:
+    """A difference's cells."""
+    e = difference.estimate
+    interval = "" if e.low is None or e.high is None else f"{e.low:+.4f} to {e.high:+.4f}"
+    return [
+        difference.name,
+        f"{e.mean:+.4f}",
+        interval,
+        _probability(e.p),
+        _probability(difference.p_holm),
+        difference.verdict,
+        difference.how,
+    ]
+
+
+def _probability(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _figure(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value / unit)

@@ -1,0 +1,254 @@
+"""The numbers of a comparison: each variant's, and its paired difference from the first, with a verdict in words."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedmoe.errors import UserError
+from fedmoe.pairing import CONFIDENCE, Estimate, deviation, holm, paired, unpaired
+from fedmoe.variants import Trained, Variant, costs, group
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What training took up to the target accuracy, or without one, to the round compared; means over seeds."""
+
+    reached: int
+    """Seeds that came to the target; the others count in nothing here."""
+    rounds: float | None
+    bytes: float | None
+    """Up and down."""
+    flops: float | None
+    seconds: float | None
+    """Of rounds, evaluation included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A variant at the round compared: accuracy on held-out samples, personalized."""
+
+    name: str
+    values: Mapping[str, str]
+    seeds: list[int]
+    folders: list[str]
+    accuracy: float | None
+    """Mean over seeds of the mean over clients; None if no client of any has one."""
+    over_seeds: float | None
+    """Standard deviation of the seeds' means (n − 1); None with one seed."""
+    over_clients: float | None
+    """Standard deviation over the clients of a seed, as in its metrics, averaged over seeds."""
+    lowest: float | None
+    """Of the client that does worst, averaged over seeds."""
+    test_loss: float | None
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A variant's accuracy less the first one's."""
+
+    name: str
+    estimate: Estimate
+    p_holm: float | None
+    """`estimate.p`, all comparisons taken together."""
+    how: str
+    """What was compared with what."""
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that a comparison comes to."""
+
+    round: int
+    target: float | None
+    fields: list[str]
+    """Of the configuration, that differ among the variants."""
+    variants: list[Row]
+    """The first is the baseline."""
+    differences: list[Difference]
+    """Of all others."""
+    notes: list[str]
+    """In sentences: what the intervals cover, and what was odd."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `json` takes it; what is not known is None."""
+        return asdict(self)
+
+
+def contrast(
+    runs: Sequence[Trained], number: int | None = None, target: float | None = None
+) -> tuple[Report, list[Variant]]:
+    """Compare runs at round `number`, by default the last that all have evaluated. The first run's variant is the
+    baseline.
+
+    Raises UserError where they have no such round in common.
+    """
+    evaluated = [run for run in runs if run.scores]
+    if not evaluated:
+        raise UserError(f"{runs[0].folder}: no round is evaluated yet: `fedmoe resume {runs[0].folder}` trains on")
+    number = _round(evaluated, number)
+    variants = group(evaluated)
+    rows = [_row(variant, number, target) for variant in variants]
+    estimates = [_difference(variants[0], other, number) for other in variants[1:]]
+    known = [estimate.p for estimate, _ in estimates if estimate is not None and estimate.p is not None]
+    adjusted = iter(holm(known))
+    differences = []
+    for other, (estimate, how) in zip(variants[1:], estimates, strict=True):
+        if estimate is not None:
+            p = None if estimate.p is None else next(adjusted)
+            differences.append(Difference(other.name, estimate, p, how, _verdict(estimate, p, len(known))))
+    notes = [*_coverage(differences, len(known)), *_oddities(runs, evaluated, variants, number)]
+    return Report(number, target, list(variants[0].values), rows, differences, notes), variants
+
+
+def _round(runs: Sequence[Trained], number: int | None) -> int:
+    if number is None:
+        common = set.intersection(*(set(run.scores) for run in runs))
+        if not common:
+            a, b = runs[0], next(run for run in runs if not set(run.scores) & set(runs[0].scores) or run is runs[-1])
+            raise UserError(
+                f"no round is evaluated in all runs: {a.folder} has {_few(a.scores)}, {b.folder} {_few(b.scores)}: "
+                "leave a run out, or train on"
+            )
+        return max(common)
+    for run in runs:
+        if number not in run.scores:
+            raise UserError(f"{run.folder} was not evaluated in round {number}, but in {_few(run.scores)}")
+    return number
+
+
+def _few(rounds: Mapping[int, object]) -> str:
+    """The numbers of some rounds, not all if there are many."""
+    held = sorted(rounds)
+    return ", ".join(map(str, held)) if len(held) < 6 else f"{held[0]}, {held[1]}, ..., {held[-1]}"
+
+
+def _row(variant: Variant, number: int, target: float | None) -> Row:
+    held = {seed: list(run.scores[number].values()) for seed, run in variant.runs.items()}
+    means = [statistics.fmean(values) for values in held.values() if values]
+    losses = [run.lines[number - 1].get("test_loss", {}).get("mean") for run in variant.runs.values()]
+    return Row(
+        variant.name,
+        variant.values,
+        list(variant.runs),
+        [str(run.folder) for run in variant.runs.values()],
+        _mean(means),
+        deviation(means),
+        _mean([statistics.pstdev(values) for values in held.values() if values]),
+        _mean([min(values) for values in held.values() if values]),
+        _mean([loss for loss in losses if loss is not None and math.isfinite(loss)]),
+        _cost(variant, number, target),
+    )
+
+
+def _cost(variant: Variant, number: int, target: float | None) -> Cost:
+    ends = [number if target is None else reaches(run, target) for run in variant.runs.values()]
+    took = [
+        {"rounds": float(end)} | costs(run.lines[:end])
+        for run, end in zip(variant.runs.values(), ends, strict=True)
+        if end is not None
+    ]
+    return Cost(len(took), **{name: _mean([t[name] for t in took]) for name in ("rounds", "bytes", "flops", "seconds")})
+
+
+def reaches(run: Trained, target: float) -> int | None:
+    """The first round after which the mean over clients is at least `target`; None if there is none."""
+    return next((n for n, scores in sorted(run.scores.items()) if (_mean([*scores.values()]) or 0.0) >= target), None)
+
+
+def _difference(first: Variant, second: Variant, number: int) -> tuple[Estimate | None, str]:
+    """The second less the first, and what was compared; None where one has no accuracy at all."""
+    a, b = ({seed: run.scores[number] for seed, run in v.runs.items() if run.scores[number]} for v in (first, second))
+    if not a or not b:
+        return None, ""
+    common = [seed for seed in a if seed in b]
+    alike = [s for s in common if first.runs[s].dealt == second.runs[s].dealt and a[s].keys() & b[s].keys()]
+    if alike:
+        estimate = paired({s: a[s] for s in alike}, {s: b[s] for s in alike})
+        count = f"{len(alike)} of {max(len(a), len(b))}" if len(alike) < max(len(a), len(b)) else str(len(alike))
+        if estimate.unit == "seed":
+            return estimate, f"paired, {count} seeds"
+        return estimate, f"paired, {_of(estimate.counts[0], 'client')} of seed {alike[0]}"
+    estimate = unpaired(a, b)
+    units = " and ".join(map(str, estimate.counts))
+    return estimate, f"not paired, {_why(first, second, common)}: {units} {estimate.unit}s"
+
+
+def _why(first: Variant, second: Variant, common: Sequence[int]) -> str:
+    if not common:
+        return "no seed in common"
+    (data, _, n), (other, _, m) = first.runs[common[0]].dealt, second.runs[common[0]].dealt
+    if data != other:
+        return "the data differ"
+    if n != m:
+        return f"{n} clients against {m}"
+    return "the partitions differ" if first.runs[common[0]].dealt != second.runs[common[0]].dealt else "other clients"
+
+
+def _verdict(estimate: Estimate, p_holm: float | None, comparisons: int) -> str:
+    if p_holm is None or estimate.p is None:
+        if len(estimate.counts) > 1:
+            return "no telling: one seed against several shows no noise"
+        return f"no telling: {'all differ by the same' if estimate.counts[0] > 1 else 'one client of one seed'}"
+    if estimate.low == estimate.high == 0:
+        return "none at all"
+    if p_holm <= 1 - CONFIDENCE:
+        return "higher" if estimate.mean > 0 else "lower"
+    if estimate.p <= 1 - CONFIDENCE:
+        return f"within the noise of {comparisons} comparisons"
+    return "within the noise"
+
+
+def _coverage(differences: Sequence[Difference], comparisons: int) -> Iterator[str]:
+    units = {d.estimate.unit for d in differences if d.estimate.p is not None}
+    if "seed" in units:
+        yield (
+            "Intervals over seeds hold the difference to be expected with 95 % confidence: they cover what another "
+            "seed changes (partition, initialization, sampling, order), not other data or settings."
+        )
+    if "client" in units:
+        yield (
+            "Intervals over the clients of one seed cover which clients there are, and not what another seed would "
+            "change, which is often more; clients that share an expert are not independent, either. Several seeds tell."
+        )
+    if comparisons > 1:
+        yield (
+            f"Each interval is for itself; verdicts take all {comparisons} comparisons together (p by Holm): one false "
+            "difference among them all has a chance of 5 % at most."
+        )
+
+
+def _oddities(
+    runs: Sequence[Trained], evaluated: Sequence[Trained], variants: Sequence[Variant], number: int
+) -> Iterator[str]:
+    if left := [str(run.folder) for run in runs if run not in evaluated]:
+        yield f"Left out, not evaluated yet: {', '.join(left)}."
+    if len(variants) == 1:
+        yield "The runs are of one variant: there is nothing to compare it with."
+    short = [run for run in evaluated if len(run.lines) < run.config.federation.rounds]
+    if short:
+        told = ", ".join(f"{r.folder} ({len(r.lines)} of {r.config.federation.rounds} rounds)" for r in short[:5])
+        more = f" and {len(short) - 5} more" if len(short) > 5 else ""
+        yield f"Not finished: {told}{more}; compared after round {number}."
+    lost = [(run, [c for c in run.lines[number - 1]["evaluated"] if c not in run.scores[number]]) for run in evaluated]
+    for run, clients in [entry for entry in lost if entry[1]]:
+        names = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
+        yield (
+            f"{run.folder}: no accuracy of {_of(len(clients), 'client')} ({names}), left out of its mean and pairs: "
+            "what is left may look better than it is."
+        )
+    if len({frozenset(run.scores[number]) for run in evaluated}) > 1 and not any(clients for _, clients in lost):
+        yield "Means are over different clients."
+    if len({tuple(str(run.environment.get(k)) for k in ("cpu", "gpu", "threads")) for run in evaluated}) > 1:
+        yield "The runs were on different machines or numbers of threads: their seconds do not compare."
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,130 @@
+"""Runs as they lie in their folders, grouped by what differs in their configurations; seeds repeat a variant."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe import configfile, metrics
+from fedmoe.config import Config
+from fedmoe.errors import UserError
+from fedmoe.metrics import Line
+
+ASIDE = ("run.", "checkpoint.", "evaluation.", "federation.rounds")
+"""What changes no number of a round; it tells variants apart only where nothing else does."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What a run folder tells."""
+
+    folder: Path
+    config: Config
+    environment: Mapping[str, Any]
+    lines: Sequence[Line]
+    """Rounds 1, 2, ..."""
+    scores: Mapping[int, Mapping[int, float]]
+    """Of every evaluated round, personalized accuracy by client; without those that have none."""
+
+    @property
+    def dealt(self) -> tuple[Any, Any, int]:
+        """Equal where client i of two runs has the same samples."""
+        return self.environment["data"], self.environment["partition"], self.config.federation.clients
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """Runs that differ in their seeds alone."""
+
+    name: str
+    values: Mapping[str, str]
+    """Of the fields that differ among variants; empty where a field has no effect in this one."""
+    runs: Mapping[int, Trained]
+    """By seed."""
+
+
+def read(folder: Path) -> Trained:
+    """The run in a folder. Raises UserError naming the file and what is wrong with it."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is not a run, it has no config.toml: give folders that `fedmoe train` made")
+    config = configfile.read(folder / "config.toml")
+    configfile.check(config)
+    path = folder / "environment.json"
+    try:
+        environment = json.loads(path.read_text())
+        if not all(isinstance(environment[name], str) for name in ("data", "partition")):
+            raise TypeError("a fingerprint is no text")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is missing or damaged ({type(error).__name__}: {error}): restore it") from error
+    lines = metrics.read(folder)
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line["round"] != number:
+                raise ValueError(f"it is of round {line['round']}")
+            costs(lines[number - 1 : number])
+            _scores(line)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"line {number} is not what round {number} writes ({type(error).__name__}: {error})"
+            raise UserError(f"{folder / 'metrics.jsonl'}: {what}: repair or remove it") from error
+    return Trained(folder, config, environment, lines, {n["round"]: _scores(n) for n in lines if "accuracy" in n})
+
+
+def costs(lines: Iterable[Line]) -> dict[str, float]:
+    """What rounds took: bytes up and down, FLOPs, seconds."""
+    lines = list(lines)
+    return {
+        "bytes": math.fsum(line["bytes_up"] + line["bytes_down"] for line in lines),
+        "flops": math.fsum(line["flops"] for line in lines),
+        "seconds": math.fsum(line["seconds"]["round"] for line in lines),
+    }
+
+
+def _scores(line: Line) -> dict[int, float]:
+    if "accuracy" not in line:
+        return {}
+    clients, values = line["evaluated"], line["accuracy"]["clients"]
+    found = {int(c): float(v) for c, v in zip(clients, values, strict=True) if v is not None}
+    if not all(0 <= value <= 1 for value in found.values()):
+        raise ValueError("an accuracy is not from 0 to 1")
+    return found
+
+
+def group(runs: Sequence[Trained]) -> list[Variant]:
+    """Variants in the order of their first runs, named by the fields that differ among them.
+
+    Fields that change no number count only where runs of one seed are otherwise alike, then the folders do.
+    """
+    found: dict[tuple[str, ...], list[Trained]] = {}
+    told = [_told(run, runs) for run in runs]
+    for level in range(4):
+        fields = [name for name in told[0] if _counts(name, level) and len({t[name] for t in told} - {""}) > 1]
+        found = {}
+        for run, values in zip(runs, told, strict=True):
+            found.setdefault(tuple(values[name] for name in fields), []).append(run)
+        if all(len({run.config.seed for run in same}) == len(same) for same in found.values()):
+            break
+    variants = []
+    for key, same in found.items():
+        values = dict(zip(fields, key, strict=True))
+        name = " ".join(f"{field}={value}" for field, value in values.items() if value)
+        name = name or f"method={same[0].config.method}"
+        variants.append(Variant(name, values, {run.config.seed: run for run in same}))
+    return variants
+
+
+def _told(run: Trained, runs: Sequence[Trained]) -> dict[str, str]:
+    """All that may tell a run from others: its fields, and its place."""
+    flat, unused = configfile.flat(run.config), configfile.unused(run.config)
+    values = {name: "" if name in unused else configfile.shown(value) or "''" for name, value in flat.items()}
+    if len({other.environment["data"] for other in runs}) == 1:  # wherever it lies
+        del values["data.name"]
+    del values["seed"], values["run.dir"]
+    return values | {"in": str(run.folder.parent), "folder": str(run.folder)}
+
+
+def _counts(name: str, level: int) -> bool:
+    """Whether a field is asked for to tell variants apart, at the first level or a later one."""
+    first = {"in": 2, "folder": 3}.get(name, int(name.startswith(ASIDE)))
+    return first <= level and (name, level) != ("in", 3)

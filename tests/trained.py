@@ -1,0 +1,52 @@
+"""Run folders with made-up metrics, so that comparing them needs no training."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedmoe import configfile
+from fedmoe.config import Config
+from fedmoe.metrics import spread
+
+CLIENTS = 4
+
+
+def made(
+    folder: Path,
+    accuracies: Mapping[int, Sequence[float]] | Sequence[Sequence[float]],
+    *,
+    seed: int = 0,
+    rounds: int = 0,
+    environment: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> Path:
+    """A run whose clients have these accuracies, by round; of other rounds it has lines without evaluation.
+
+    `values` are fields of its configuration, with __ for the dot.
+    """
+    by_round = accuracies if isinstance(accuracies, Mapping) else dict(enumerate(accuracies, start=1))
+    last = max(by_round, default=0)
+    count = len(next(iter(by_round.values()), [0.0] * CLIENTS))
+    fields = {"seed": seed, "federation.rounds": rounds or last or 1, "federation.clients": count}
+    config = configfile.with_values(Config(), fields | {k.replace("__", "."): v for k, v in values.items()})
+    config = replace(config, run=replace(config.run, dir=str(folder)))
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_bytes(configfile.save(config))
+    facts = {"data": "d", "partition": f"p{seed}", "cpu": "some", "gpu": "none", "threads": 1}
+    (folder / "environment.json").write_text(json.dumps(facts | dict(environment or {})))
+    lines = [line(n, by_round.get(n)) for n in range(1, last + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    return folder
+
+
+def line(number: int, accuracies: Sequence[float] | None) -> dict[str, Any]:
+    """A round's metrics, as far as a comparison reads them."""
+    entry: dict[str, Any] = {"round": number, "bytes_up": 1000, "bytes_down": 1000, "flops": 10**9, "loss": 1.0}
+    entry["seconds"] = {"round": 0.5, "train": 0.4, "aggregate": 0.0, "evaluate": 0.1}
+    if accuracies is not None:
+        losses = [1 - a for a in accuracies]
+        entry |= {"evaluated": list(range(len(accuracies))), "accuracy": spread(list(accuracies))}
+        entry["test_loss"] = spread(losses)
+    return entry
