@@ -41,13 +41,14 @@ class Data:
     """The data set. All its splits are pooled and then dealt to the clients."""
 
     name: str = "digits"
-    """`digits` (embedded), a folder of parquet files, or the name of a Hugging Face data set."""
+    """`digits` (embedded); a file or folder of parquet, arrow, npz or IDX files; a folder of images for each class; or
+    the name of a Hugging Face data set."""
     splits: tuple[str, ...] = ()
     """Splits to use, by name; empty uses all."""
     image: str = ""
-    """Image column; empty finds the only one."""
+    """Image column or array; empty finds it by its name or as the only one."""
     label: str = ""
-    """Label column; empty finds `label`, `labels`, `fine_label` or the only class-label column."""
+    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column."""
     image_size: int = 0
     """Resize images to this many pixels square; 0 keeps their size (digits: 28)."""
     limit: int = 0
@@ -110,6 +111,9 @@ class Training:
     """SGD momentum."""
     weight_decay: float = 1e-3
     """L2 penalty added to the gradient."""
+    augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
+    """Change every training image anew in every epoch: `flip` mirrors half of them from left to right, `crop` shifts
+    them by up to 4 pixels and fills with black."""
     theta_momentum: Literal["keep", "reset"] = "reset"
     """What becomes of the global expert's momentum when a new global expert arrives."""
 
@@ -192,6 +196,9 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     engine: Engine = field(default_factory=Engine)
 
+
+AUGMENTATIONS = {"none": None, "flip": (0, True), "crop": (4, False), "crop-flip": (4, True)}
+"""Of `training.augment`: by how many pixels images are shifted at most, and whether half of them are mirrored."""
 
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}

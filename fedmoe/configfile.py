@@ -115,7 +115,7 @@ def check(config: Config) -> None:
     if not config.model.local:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
-        raise UserError("data.name is empty, must be digits, a folder of parquet files, or a data set's name")
+        raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
     gate_norms(config.gate.norm)
 
 

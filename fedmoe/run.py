@@ -47,9 +47,9 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     for line in configfile.ignored(config):
         warn(line)
     _check_free(run)
-    folder = Path(config.data.name).expanduser()
-    if folder.is_dir():  # the run may be resumed from another working directory
-        config = replace(config, data=replace(config.data, name=str(folder.resolve())))
+    source = Path(config.data.name).expanduser()
+    if config.data.name != "digits" and source.exists():  # the run may be resumed from another working directory
+        config = replace(config, data=replace(config.data, name=str(source.absolute())))
     device = planning.device(config, config.run.threads)
     mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
