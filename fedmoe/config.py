@@ -1,7 +1,7 @@
 """The configuration: what can be set, its documentation and its defaults. Imports neither torch nor the method."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fedmoe.errors import UserError
 
@@ -63,12 +63,19 @@ class Data:
 class Partition:
     """How samples are dealt to clients."""
 
-    kind: Literal["pathological", "dirichlet", "iid"] = "pathological"
-    """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`."""
+    kind: str = "pathological"
+    """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`;
+    `natural`: a client for each value of a column; or a partitioner of flwr-datasets by its name, such as
+    `ShardPartitioner`."""
     classes_per_client: int = 2
     """Classes each client sees (pathological)."""
     alpha: float = 0.5
     """Concentration of the Dirichlet distribution; smaller is more skewed (dirichlet)."""
+    column: str = ""
+    """Column of the data whose values are clients, those with most samples first (natural), or that a partitioner
+    partitions by instead of the label; `split`: which split, or folder above the classes, a sample comes from."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a partitioner of flwr-datasets is made with, by name; on the command line `--partition.options.NAME`."""
     test_fraction: float = 0.2
     """Share of every client's samples held out for its own test."""
     min_samples: int = 10
@@ -199,6 +206,9 @@ class Config:
 
 AUGMENTATIONS = {"none": None, "flip": (0, True), "crop": (4, False), "crop-flip": (4, True)}
 """Of `training.augment`: by how many pixels images are shifted at most, and whether half of them are mirrored."""
+
+PARTITIONS = ("pathological", "dirichlet", "iid", "natural")
+"""Of `partition.kind`, besides partitioners of flwr-datasets."""
 
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedmoe.errors import UserError
-from fedmoe.sources.part import Part, Picture, Rows, choose, line, reading, regular, rows_of, shown
+from fedmoe.sources.part import Part, Picture, Rows, begins, choose, line, reading, regular, rows_of, shown
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,6 +64,7 @@ def parquet(path: Path, split: str) -> Table:
                 yield batch.column(0)
 
     with reading(regular(path), what):
+        begins(path, b"PAR1")
         return Table(shown(path), split, pyarrow.parquet.read_schema(path), read)
 
 

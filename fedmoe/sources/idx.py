@@ -87,9 +87,9 @@ def _read(path: Path, what: str) -> npt.NDArray[np.uint8]:
         magic = bytes((0, 0, 8, dimensions))  # of unsigned bytes
         if head[:4] != magic:
             raise UserError(f"{shown(path)}: begins with {head[:4].hex() or 'nothing'}, IDX {what} with {magic.hex()}")
-        shape = np.frombuffer(head, dtype=">u4", offset=4).astype(int).tolist()
-        if len(shape) < dimensions:
+        if len(head) < 4 + 4 * dimensions:
             raise ValueError("its header is cut off")
+        shape = np.frombuffer(head, dtype=">u4", offset=4).astype(int).tolist()
         size = int(np.prod(shape, dtype=object))
         if 0 in shape[1:]:
             raise UserError(f"{shown(path)}: images of {shape[2]} x {shape[1]} pixels: fetch it again")

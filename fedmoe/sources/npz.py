@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedmoe.engine.facts import host_memory
 from fedmoe.errors import UserError
 from fedmoe.sources.arrays import channels_first, frames
-from fedmoe.sources.part import Part, Pixels, Rows, reading, regular, rows_of, shown
+from fedmoe.sources.part import Part, Pixels, Rows, begins, reading, regular, rows_of, shown
 
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "extra")
 IMAGES = ("images", "image", "x", "imgs", "img", "data", "pixels", "inputs", "samples")
@@ -42,7 +42,10 @@ def parts(path: Path, image: str, label: str) -> dict[str, Callable[[], Part]]:
     """
     name = shown(path)
     with reading(regular(path), "npz file"):
+        begins(path, b"PK")
         arrays = {array.name: array for array in _headers(path)}
+    if not arrays:
+        raise UserError(f"{name}: no arrays in it: fetch it again")
     names = [a for key, a in arrays.items() if key.lower() in CLASSES and a.dtype.kind in "USO" and len(a.shape) == 1]
     classes = tuple(map(str, _read(path, names[0]).tolist())) if len(names) == 1 else ()
     splits: dict[str, dict[str, _Array]] = {}

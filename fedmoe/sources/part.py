@@ -95,6 +95,13 @@ def regular(path: Path) -> Path:
     raise UserError(f"{shown(path)}: is {what}, a file is needed: remove it")
 
 
+def begins(path: Path, magic: bytes) -> None:
+    """ValueError unless the file begins so; its readers begin at the end and would not look."""
+    with path.open("rb") as file:
+        if (head := file.read(len(magic))) != magic:
+            raise ValueError(f"begins with {head.hex() or 'nothing'}, not {magic.hex()}")
+
+
 def choose(wanted: Sequence[str], existing: Collection[str], name: str) -> list[str]:
     """The splits to use, sorted; all that there are if none is wanted."""
     for split in wanted:
