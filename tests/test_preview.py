@@ -36,7 +36,7 @@ def test_numbers_are_those_of_the_split_that_a_run_would_have(config: Config) ->
     for client, line in enumerate(found.clients()):
         assert (line["train"], line["test"]) == (len(split.train(client)), len(split.test(client)))
         own = dataset.labels[torch.cat([split.train(client), split.test(client)])].tolist()
-        assert line["classes"] == {dataset.classes[c]: own.count(c) for c in line["classes"]}
+        assert line["classes"] == {name: own.count(dataset.classes.index(name)) for name in line["classes"]}
         assert sum(line["classes"].values()) == len(own)
     assert found.summary()["samples"] == 300 and found.summary()["samples_left_out"] == 0
 
