@@ -107,11 +107,11 @@ class Cohort:
         self._restart()
         self._body.train()
 
-    def steps(self, orders: Sequence[Tensor]) -> Iterator[None]:  # K times int64 [steps, B], on the CPU
+    def steps(self, orders: Sequence[Tensor]) -> Iterator[None]:  # K times int64 [steps, B, ...], on the CPU
         """Take the steps of the client that has most, on these samples; yields before each."""
         shapes = [list(order.shape) for order in orders]
         if len(orders) != self.rows or any(shape[1] != shapes[0][1] or not shape[0] for shape in shapes):
-            raise ValueError(f"a cohort of {self.rows} takes as many orders [steps, B] of one B, got {shapes}")
+            raise ValueError(f"a cohort of {self.rows} takes as many orders [steps, B, ...] of one B, got {shapes}")
         # A client that is done sees its last batch again: whatever it computes with is then of its own kind.
         every = torch.arange(max(map(len, orders)))
         return self._replayed.run(torch.stack([order[every.clamp(max=len(order) - 1)] for order in orders], dim=1))
@@ -123,10 +123,10 @@ class Cohort:
             if segment.low is not None:
                 segment.low.copy_(segment.weights)
 
-    def _take(self, indices: Tensor) -> None:  # int64 [K, B], where the samples are
+    def _take(self, indices: Tensor) -> None:  # int64 [K, B] or [K, B, 4], where the samples are
         live = self._steps > self._done
         with phase("batch"):
-            x, y = self._loader.batch(indices.reshape(-1), channels_last=False)
+            x, y = self._loader.batch(indices.flatten(0, 1), channels_last=False)
             x, y = x.unflatten(0, (self.rows, -1)), y.view(self.rows, -1)
         # Copies, for two reasons: what a client that is done makes of them must not stay, and where rows do not touch,
         # as they do not in the blocks, batch normalization under vmap updates a copy and drops that in silence.

@@ -16,8 +16,9 @@ from fedmoe.engine.graphs import Track
 from fedmoe.engine.member import Member
 from fedmoe.engine.ranges import in_lane, phase
 from fedmoe.engine.rooms import Arrival, Room, Site, free_unused
+from fedmoe.engine.samples import epoch_order
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Payload, Refused, Result, violations
-from fedmoe.engine.seeds import Globals, derive, generator, seed_globals
+from fedmoe.engine.seeds import Globals, derive, seed_globals
 from fedmoe.engine.step import Step, Taken
 from fedmoe.engine.units import Unit
 
@@ -290,11 +291,8 @@ class Lane:
         return self._site.federation.pack(theta) if member.schema else {}
 
     def _order(self, member: Member, job: Job, epoch: int) -> Tensor:
-        """int64 [steps, B]: the samples of an epoch's batches; the last partial batch is dropped."""
-        place, size = (member.id, job.round, epoch), member.batch_size
-        drawn = torch.randperm(member.training, generator=generator(self._site.federation.seed, "order", *place))
-        steps = member.training // size
-        return member.samples[drawn[: steps * size]].view(steps, size)
+        federation = self._site.federation
+        return epoch_order(member, federation.samples, federation.seed, job.round, epoch)
 
     def _fetched(self, tensors: Sequence[Tensor]) -> Generator[Turn, None, list[Tensor]]:
         """The tensors on the host; until they are there, others have their turn."""

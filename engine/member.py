@@ -20,6 +20,8 @@ class Samples:
     """Of pixels scaled to [0, 1], subtracted."""
     std: float
     """Divides after that."""
+    augmentation: tuple[int, bool] | None = None
+    """Of training batches: by how many pixels at most they are shifted, and whether half of them are mirrored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

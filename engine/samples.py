@@ -1,10 +1,27 @@
-"""Batches of a federation's samples, made on the device where they lie, or loaded to it."""
+"""Batches of a federation's samples, made on the device where they lie, or loaded to it; and their order."""
 
 import torch
 from torch import Tensor
 
-from fedmoe.engine.member import Samples
+from fedmoe.engine.member import Member, Samples
+from fedmoe.engine.seeds import generator
 from fedmoe.kernels import gather
+from fedmoe.kernels.gather_oracle import augmented, draw_augmentation
+
+
+def epoch_order(member: Member, samples: Samples, seed: int, round: int, epoch: int) -> Tensor:
+    """The samples of an epoch's batches, int64 [steps, B]; the last partial batch is dropped.
+
+    With augmentation [steps, B, 4]: each sample with its shifts and flip, so that all arrives together.
+    """
+    place, size = (member.id, round, epoch), member.batch_size
+    steps = member.training // size
+    drawn = torch.randperm(member.training, generator=generator(seed, "order", *place))
+    indices = member.samples[drawn[: steps * size]]
+    if samples.augmentation is None:
+        return indices.view(steps, size)
+    changes = draw_augmentation(len(indices), *samples.augmentation, generator(seed, "augmentation", *place))
+    return torch.cat([indices[:, None], changes.long()], 1).view(steps, size, 4)
 
 
 class Loader:
@@ -22,14 +39,21 @@ class Loader:
         self._std = torch.full((channels,), samples.std, device=device)
 
     def batch(self, indices: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
-        """Of samples `indices` [B], which lie where the samples do: inputs, fp32 [B, C, H, W]; targets int64 [B]."""
-        operands = self._images, self._labels, indices, self._mean, self._std
+        """Inputs, fp32 [B, C, H, W], and targets, int64 [B], of samples as `epoch_order` names them, [B] or [B, 4].
+
+        What names them lies where the samples do.
+        """
+        indices, changes = (indices, None) if indices.ndim == 1 else (indices[:, 0], indices[:, 1:].int())
+        operands = self._images, self._labels, indices, self._mean, self._std, changes
         if self._images.is_cuda and gather.gather_augment_supported(*operands)[0]:
             return gather.gather_augment(*operands, channels_last=channels_last)
         if self._copies is None:
             images, labels = self._images[indices], self._labels[indices]
         else:
             images, labels = self._sent(self._images, indices), self._sent(self._labels, indices)
+            changes = None if changes is None else self._sent(changes, torch.arange(len(changes)))
+        if changes is not None:
+            images = augmented(images, changes)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         s = self._samples
         return images.to(torch.float32, memory_format=layout).div_(255).sub_(s.mean).div_(s.std), labels

@@ -97,7 +97,7 @@ class Step:
             self.scale.reset()
         self.arena.program.modules.train()
 
-    def epoch(self, order: Tensor) -> Iterator[None]:  # int64 [steps, B] on the CPU
+    def epoch(self, order: Tensor) -> Iterator[None]:  # int64 [steps, B, ...] on the CPU
         """Take the steps of an epoch; yields before each."""
         return self._training.run(order)
 

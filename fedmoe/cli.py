@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-        if rest and args.command not in ("train", "sweep", "plan", "profile"):
+        if rest and args.command not in ("train", "sweep", "plan", "partition", "profile"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(args, rest)
     try:
@@ -126,6 +126,11 @@ def _parser() -> Parser:
     plan.add_argument("--json", action="store_true")
     plan.set_defaults(act=_plan)
 
+    partition = commands.add_parser("partition", help="show what each client would get of the data", add_help=False)
+    partition.add_argument("--json", action="store_true")
+    partition.add_argument("--out", type=Path)
+    partition.set_defaults(act=_partition)
+
     profile = commands.add_parser("profile", help="measure some rounds: where their time goes", add_help=False)
     profile.add_argument("--rounds", type=int)
     profile.add_argument("--warmup", type=int, default=1)
@@ -164,6 +169,17 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> None:
     from fedmoe import planning
 
     planning.run(config, args.json)
+
+
+def _partition(args: argparse.Namespace, rest: list[str]) -> None:
+    does = (
+        "Show what each client would get of the data, and train nothing. `--json`: as JSON; `--out FILE.html`: also as "
+        "a picture on a page."
+    )
+    config = _config(rest, "partition", does)
+    from fedmoe import preview
+
+    preview.run(config, args.json, args.out)
 
 
 def _profile(args: argparse.Namespace, rest: list[str]) -> None:

@@ -15,6 +15,7 @@ from fedmoe.config import Config
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
+from fedmoe.kernels.gather_oracle import augmented
 from fedmoe.profiling import flops
 
 
@@ -48,10 +49,15 @@ class Client:
             n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())
         ]
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B]."""
-        d = self.config.data
-        return data.normalize(self.images[indices], d.mean, d.std), self.labels[indices]
+    def batch(self, indices: Tensor, augmentation: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B].
+
+        `augmentation` [B, 3] is how each is cropped and flipped, see `gather_oracle.augmented`.
+        """
+        d, images = self.config.data, self.images[indices]
+        if augmentation is not None:
+            images = augmented(images, augmentation)
+        return data.normalize(images, d.mean, d.std), self.labels[indices]
 
     def receive(self, payload: Payload) -> None:
         """Take in a new global expert; its momentum is kept or reset as `training.theta_momentum` says."""

@@ -1,7 +1,7 @@
 """The configuration: what can be set, its documentation and its defaults. Imports neither torch nor the method."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fedmoe.errors import UserError
 
@@ -43,13 +43,14 @@ class Data:
     """The data set. All its splits are pooled and then dealt to the clients."""
 
     name: str = "digits"
-    """`digits` (embedded), a folder of parquet files, or the name of a Hugging Face data set."""
+    """`digits` (embedded); a file or folder of parquet, arrow, npz or IDX files; a folder of images for each class; or
+    the name of a Hugging Face data set."""
     splits: tuple[str, ...] = ()
     """Splits to use, by name; empty uses all."""
     image: str = ""
-    """Image column; empty finds the only one."""
+    """Image column or array; empty finds it by its name or as the only one."""
     label: str = ""
-    """Label column; empty finds `label`, `labels`, `fine_label` or the only class-label column."""
+    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column."""
     image_size: int = 0
     """Resize images to this many pixels square; 0 keeps their size (digits: 28)."""
     limit: int = 0
@@ -64,12 +65,19 @@ class Data:
 class Partition:
     """How samples are dealt to clients."""
 
-    kind: Literal["pathological", "dirichlet", "iid"] = "pathological"
-    """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`."""
+    kind: str = "pathological"
+    """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`;
+    `natural`: a client for each value of a column; or a partitioner of flwr-datasets by its name, such as
+    `ShardPartitioner`."""
     classes_per_client: int = 2
     """Classes each client sees (pathological)."""
     alpha: float = 0.5
     """Concentration of the Dirichlet distribution; smaller is more skewed (dirichlet)."""
+    column: str = ""
+    """Column of the data whose values are clients, those with most samples first (natural), or that a partitioner
+    partitions by instead of the label; `split`: which split, or folder above the classes, a sample comes from."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a partitioner of flwr-datasets is made with, by name; on the command line `--partition.options.NAME`."""
     test_fraction: float = 0.2
     """Share of every client's samples held out for its own test."""
     min_samples: int = 10
@@ -112,6 +120,9 @@ class Training:
     """SGD momentum."""
     weight_decay: float = 1e-3
     """L2 penalty added to the gradient."""
+    augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
+    """Change every training image anew in every epoch: `flip` mirrors half of them from left to right, `crop` shifts
+    them by up to 4 pixels and fills with black."""
     theta_momentum: Literal["keep", "reset"] = "reset"
     """What becomes of the global expert's momentum when a new global expert arrives."""
 
@@ -194,6 +205,12 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     engine: Engine = field(default_factory=Engine)
 
+
+AUGMENTATIONS = {"none": None, "flip": (0, True), "crop": (4, False), "crop-flip": (4, True)}
+"""Of `training.augment`: by how many pixels images are shifted at most, and whether half of them are mirrored."""
+
+PARTITIONS = ("pathological", "dirichlet", "iid", "natural")
+"""Of `partition.kind`, besides partitioners of flwr-datasets."""
 
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}

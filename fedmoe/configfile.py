@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 import tyro
 
-from fedmoe.config import Config, gate_norms
+from fedmoe.config import PARTITIONS, Config, gate_norms
 from fedmoe.errors import UsageError, UserError
 
 C = TypeVar("C")
@@ -66,13 +66,14 @@ def override(config: Config, words: list[str], command: str = "train", does: str
 
     Raises UsageError for an unknown option, naming the nearest, and for a value that does not fit.
     """
+    words, options = _options(words)
     for word in words:
         if word.startswith("--") and word != "--help":
             option(word)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            made = tyro.cli(
                 Config,
                 args=words,
                 default=config,
@@ -84,6 +85,8 @@ def override(config: Config, words: list[str], command: str = "train", does: str
         if stop.code in (0, None):
             raise
         raise UsageError(_one_line(complaint.getvalue())) from None
+    partition = made.partition
+    return dataclasses.replace(made, partition=dataclasses.replace(partition, options=partition.options | options))
 
 
 def save(config: Config) -> bytes:
@@ -123,13 +126,21 @@ def check(config: Config) -> None:
     if not config.model.local:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
-        raise UserError("data.name is empty, must be digits, a folder of parquet files, or a data set's name")
+        raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
+    kind, column = config.partition.kind, config.partition.column
+    if kind not in PARTITIONS and not kind.endswith("Partitioner"):
+        raise UserError(
+            f"partition.kind is {kind!r}, must be one of {', '.join(PARTITIONS)}, or the name of a partitioner of "
+            "flwr-datasets, such as ShardPartitioner"
+        )
+    if kind == "natural" and not column:
+        raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
     gate_norms(config.gate.norm)
 
 
 def unused(config: Config) -> dict[str, str]:
     """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
-    shared = ["gate.norm", "gate.hidden"]
+    shared, shares = ["gate.norm", "gate.hidden"], ["partition.alpha", "partition.classes_per_client"]
     alone = [
         *shared,
         "model.global_expert",
@@ -140,10 +151,11 @@ def unused(config: Config) -> dict[str, str]:
     without = {
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
         "partition.kind": {
-            "pathological": ["partition.alpha"],
-            "dirichlet": ["partition.classes_per_client"],
-            "iid": ["partition.alpha", "partition.classes_per_client"],
-        }[config.partition.kind],
+            "pathological": ["partition.alpha", "partition.column", "partition.options"],
+            "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],
+            "iid": [*shares, "partition.column", "partition.options"],
+            "natural": [*shares, "partition.options"],
+        }.get(config.partition.kind, shares),
         "engine.kind": {
             "fast": [],
             "reference": [name for name in flat(config) if name.startswith("engine.") and name != "engine.kind"],
@@ -201,6 +213,25 @@ def shown(value: Any) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
+def _options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`words` without `--partition.options.NAME VALUE`, and those values by name: as TOML if they are, else as text."""
+    rest, options, prefix = [], {}, "--partition.options."
+    words = list(words)
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        if not word.startswith(prefix):
+            rest.append(word + equals + value)
+            continue
+        if not equals and not words:
+            raise UsageError(f"{word} has no value")
+        value = value if equals else words.pop(0)
+        try:
+            options[word[len(prefix) :].replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
+        except ValueError:
+            options[word[len(prefix) :].replace("-", "_")] = value
+    return rest, options
+
+
 def _build(cls: type[C], table: dict[str, Any], prefix: str) -> C:
     """A configuration class from a TOML table, every key known and every value of its field's type."""
     types, made = typing.get_type_hints(cls), {}
@@ -227,6 +258,10 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UserError(f"{name} is {value!r}, must be a list of strings")
+    if typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return value
+        raise UserError(f"{name} is {value!r}, must be a table: write [{name}] and its keys below")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is kind:

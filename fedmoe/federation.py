@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmoe import mixture
 from fedmoe.client import Client, load_data, measured, open_client, outgoing
-from fedmoe.config import Config
+from fedmoe.config import AUGMENTATIONS, Config
 from fedmoe.engine.member import SGD, Member, Samples
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import Metrics, Payload, Result, State
@@ -26,7 +26,8 @@ class Federation:
         self._split = Split.load(run / "partition.safetensors")
         self._measured: dict[str, tuple[int, tuple[str, ...]]] = {}
         t = config.training
-        self.samples = Samples(dataset.images, dataset.labels, config.data.mean, config.data.std)
+        drawn = AUGMENTATIONS[t.augment]
+        self.samples = Samples(dataset.images, dataset.labels, config.data.mean, config.data.std, drawn)
         self.optimizer = SGD(
             lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, reset_theta=t.theta_momentum == "reset"
         )

@@ -1,11 +1,12 @@
 """Deals the samples of a data set to the clients and splits every client's share into training and test samples."""
 
 import hashlib
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from fedmoe.errors import UserError
 from fedmoe.files import write_atomic
 
 FORMAT = "1"
+
+NOT_BY_NAME = {"Partitioner", "IdToSizeFncPartitioner", "VerticalEvenPartitioner", "VerticalSizePartitioner"}
+"""Of flwr-datasets: abstract, made with a function, or dealing columns."""
 
 Positions: TypeAlias = npt.NDArray[np.int64]
 
@@ -96,11 +100,14 @@ def deal(
     config: settings.Partition,
     clients: int,
     seed: int,
+    names: Sequence[str] = (),
+    column: Callable[[str], Sequence[str | int]] | None = None,
 ) -> Split:
     """Deal every sample to at most one client; hold out `test_fraction` of every client's samples, at least one.
 
-    Equal arguments give equal splits in every process. Raises UserError for settings that make no sense or that
-    the data cannot satisfy; never retries without bound.
+    `names` are the classes', for messages; `column` gives the n values of a column of the data. Equal arguments give
+    equal splits in every process. Raises UserError for settings that make no sense or that the data cannot satisfy;
+    never retries without bound.
     """
     needed = max(config.min_samples, 2)  # one sample to train on and one to test on
     _check(len(labels), config, clients, needed)
@@ -108,10 +115,19 @@ def deal(
     rows = torch.randperm(len(labels), generator=generator(seed, "partition/rows")).numpy()
     shuffled = labels.numpy()[rows]
     partition_seed = derive(seed, "partition")
+
+    def values(name: str) -> list[str | int]:
+        if column is None:
+            raise UserError(f"partition.column is {name!r}, these data have no columns: leave it out")
+        given = column(name)
+        return [given[row] for row in rows.tolist()]
+
     if config.kind == "pathological":
-        shares = _pathological(shuffled, classes, config.classes_per_client, clients, partition_seed)
+        shares = _pathological(shuffled, classes, config.classes_per_client, clients, partition_seed, names)
+    elif config.kind == "natural":
+        shares = _natural(values(config.column), config.column, clients)
     else:
-        shares = _flower(shuffled, config, clients, needed, partition_seed)
+        shares = _flower(shuffled, config, clients, needed, partition_seed, values)
     indices, train_counts = [], []
     for client, share in enumerate(shares):
         if len(share) < needed:
@@ -145,6 +161,7 @@ def _pathological(
     per_client: int,
     clients: int,
     seed: int,
+    names: Sequence[str],
 ) -> list[Positions]:
     """Positions for each client: `per_client` classes each, every class cut evenly among the clients that hold it.
 
@@ -174,13 +191,32 @@ def _pathological(
         positions = np.flatnonzero(labels == label)
         if len(positions) < len(owners):
             raise UserError(
-                f"class {label} has {len(positions)} samples for the {len(owners)} clients that hold it: "
-                "lower federation.clients or partition.classes_per_client, or take more data"
+                f"class {names[label] if names else label} has {len(positions)} samples for the {len(owners)} clients "
+                "that hold it: lower federation.clients or partition.classes_per_client, or take more data"
             )
         if owners:
             for owner, part in zip(owners, np.array_split(positions, len(owners)), strict=True):
                 parts[owner].append(part)
     return [np.concatenate(part) for part in parts]
+
+
+def _natural(values: Sequence[str | int], column: str, clients: int) -> list[Positions]:
+    """Positions for each client: those of a value of the column each.
+
+    Of more values than clients, those with most samples are taken, and of equals the first; the clients are then in
+    the order of their values.
+    """
+    found: dict[str | int, list[int]] = {}
+    for position, value in enumerate(values):
+        found.setdefault(value, []).append(position)
+    if len(found) < clients:
+        raise UserError(
+            f"partition.column {column!r} has {len(found)} values, federation.clients is {clients}: lower it to "
+            f"{len(found)} or name another column"
+        )
+    ordered = sorted(found, key=lambda value: (isinstance(value, str), value))
+    taken = set(sorted(ordered, key=lambda value: -len(found[value]))[:clients])
+    return [np.asarray(found[value]) for value in ordered if value in taken]
 
 
 def _flower(
@@ -189,31 +225,68 @@ def _flower(
     clients: int,
     needed: int,
     seed: int,
+    column: Callable[[str], Sequence[str | int]],
 ) -> list[Positions]:
-    """Positions for each client from the partitioner of flwr-datasets."""
+    """Positions for each client from a partitioner of flwr-datasets."""
     if config.kind == "dirichlet" and not 0 < config.alpha < float("inf"):
         raise UserError(f"partition.alpha is {config.alpha}, it must be positive and finite")
+    # Without self-balancing, which zeroes the shares of clients above the average and so bends the distribution
+    # for the classes that come last. The library draws at most 11 times, then raises.
+    dirichlet = {"alpha": float(config.alpha), "self_balancing": False, "shuffle": False}
+    name, options = {
+        "dirichlet": ("DirichletPartitioner", dirichlet),
+        "iid": ("IidPartitioner", {}),  # contiguous slices: independent because the rows are shuffled
+    }.get(config.kind, (config.kind, config.options))
     import datasets  # here, not above: the two take 3 s to import
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+    from flwr_datasets import partitioner as library
 
-    partitioner: Partitioner
-    if config.kind == "dirichlet":
-        # Without self-balancing, which zeroes the shares of clients above the average and so bends the distribution
-        # for the classes that come last. The library draws at most 11 times, then raises.
-        partitioner = DirichletPartitioner(
-            clients, "label", float(config.alpha), needed, self_balancing=False, shuffle=False, seed=seed
-        )
-    else:
-        partitioner = IidPartitioner(clients)  # contiguous slices: independent because the rows are shuffled
-    # In memory, so nothing is cached on disk. No format: NumPy's makes the partitioner's own reading 6 times slower.
-    partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "position": np.arange(len(labels))})
+    known = [n for n in sorted(library.__all__) if n not in NOT_BY_NAME]
+    if name not in known:
+        raise UserError(f"partition.kind is {name!r}: flwr-datasets has {', '.join(known)}")
+    make = getattr(library, name)
+    takes = inspect.signature(make).parameters
+    if unknown := sorted(options.keys() - takes):
+        raise UserError(f"partition.options.{unknown[0]}: {name} has no such option, but {', '.join(takes)}")
+    usual = {
+        "num_partitions": clients,
+        "partition_by": config.column or "label",
+        "min_partition_size": needed,
+        "seed": seed,
+    }
+    given = {key: value for key, value in usual.items() if key in takes} | options
+    columns: dict[str, Any] = {"label": labels, "position": np.arange(len(labels))}
+    if (by := given.get("partition_by", "label")) not in columns:
+        columns[str(by)] = column(str(by))
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one warning of several lines for each draw
         try:
-            shares: Sequence[datasets.Dataset] = [partitioner.load_partition(client) for client in range(clients)]
-        except ValueError as error:
+            # A list of lists can only be meant as an array.
+            partitioner = make(**{k: np.asarray(v) if _nested(v) else v for k, v in given.items()})
+            # In memory, so nothing is cached on disk. No format: NumPy's makes the partitioner's own reading 6 times
+            # slower.
+            partitioner.dataset = datasets.Dataset.from_dict(columns)
+            shares = [partitioner.load_partition(client) for client in range(clients)]
+            positions = [np.asarray(share[:]["position"], dtype=np.int64) for share in shares]
+        except Exception as error:  # whatever the library raises
+            if config.kind == "dirichlet" and isinstance(error, ValueError):
+                raise UserError(
+                    f"no Dirichlet split in 11 draws gives each of {clients} clients {needed} samples at alpha "
+                    f"{config.alpha}: raise partition.alpha, or lower federation.clients or partition.min_samples"
+                ) from error
+            why = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"no Dirichlet split in 11 draws gives each of {clients} clients {needed} samples at alpha "
-                f"{config.alpha}: raise partition.alpha, or lower federation.clients or partition.min_samples"
+                f"{name} of flwr-datasets: {why}: change partition.options or federation.clients"
             ) from error
-    return [np.asarray(share[:]["position"]) for share in shares]
+        finally:
+            if not bars:
+                datasets.enable_progress_bars()
+    dealt = np.concatenate(positions)
+    if len(np.unique(dealt)) < len(dealt):
+        raise UserError(f"{name} of flwr-datasets gives a sample to two clients: change partition.options")
+    return positions
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(inner, list) for inner in value)

@@ -70,7 +70,9 @@ def deal(config: Config, dataset: Dataset) -> Split:
     """The samples dealt to the clients; what is odd about that is told in warnings."""
     classes, clients = len(dataset.classes), config.federation.clients
     with warnings.catch_warnings(record=True) as caught:
-        split = partition.deal(dataset.labels, classes, config.partition, clients, config.seed)
+        split = partition.deal(
+            dataset.labels, classes, config.partition, clients, config.seed, dataset.classes, dataset.column
+        )
     for warning in caught:
         warn(str(warning.message))
     return split

@@ -5,18 +5,21 @@ Everything faster must give what this gives.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedmoe.client import Client, measured, open_client, outgoing
-from fedmoe.config import Config
+from fedmoe.config import AUGMENTATIONS, Config
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Result, State
 from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
+from fedmoe.kernels.gather_oracle import draw_augmentation
 
 
 class ReferenceEngine:
@@ -81,11 +84,16 @@ class ReferenceEngine:
         for epoch in range(epochs):
             place = (client.id, job.round, epoch)
             order = torch.randperm(client.training, generator=generator(self.config.seed, "order", *place))
+            augmentations: Iterable[Tensor | None] = repeat(None)
+            if (augment := AUGMENTATIONS[self.config.training.augment]) is not None:
+                drawn = generator(self.config.seed, "augmentation", *place)
+                augmentations = draw_augmentation(steps * size, *augment, drawn).to(self.device).split(size)
             seed_globals(derive(self.config.seed, "dropout", *place))
-            for indices in order.to(self.device).split(size)[:steps]:
+            batches = order.to(self.device).split(size)[:steps]
+            for indices, augmentation in zip(batches, augmentations, strict=False):
                 if self.stop.is_set():
                     raise Interrupted
-                x, y = client.batch(indices)
+                x, y = client.batch(indices, augmentation)
                 loss, hits = client.program.join(client.program.run(x), y)
                 client.optimizer.zero_grad()
                 loss.backward()

@@ -53,9 +53,9 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     for line in configfile.ignored(config):
         warn(line)
     _check_free(run)
-    folder = Path(config.data.name).expanduser()
-    if folder.is_dir():  # the run may be resumed from another working directory
-        config = replace(config, data=replace(config.data, name=str(folder.resolve())))
+    source = Path(config.data.name).expanduser()
+    if config.data.name != "digits" and source.exists():  # the run may be resumed from another working directory
+        config = replace(config, data=replace(config.data, name=str(source.absolute())))
     device = planning.device(config, config.run.threads)
     mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
@@ -136,7 +136,7 @@ def write_report(run: Path, out: Path | None, target: float | None, profile: Pat
     config = _open(run)
     shown = report.read_profile(profile) if profile else None
     # Others may look at the run meanwhile, unless the report is written into its folder.
-    with _locked(run, fcntl.LOCK_SH if out else fcntl.LOCK_EX):
+    with locked(run, fcntl.LOCK_SH if out else fcntl.LOCK_EX):
         device = _restore(config, run)
         path = report.write(config, run, device, out, target, shown)
     Output().print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)

@@ -26,22 +26,27 @@ def gather_augment(
     at = indices.where(known, 0).long()
     pixels = images[at]
     if augmentation is not None:
-        dy, dx, flip = augmentation.long().unbind(1)
-        _, _, height, width = images.shape
-        rows = torch.arange(height, device=dy.device) + dy[:, None]  # [B, H]
-        columns = torch.arange(width, device=dx.device) + dx[:, None]  # [B, W]
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-        sample = torch.arange(len(at), device=at.device)[:, None, None]
-        # Advanced indices around a slice: the channels come last.
-        crops = pixels[sample, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
-        crops = crops.movedim(3, 1).where(inside[:, None], 0)
-        pixels = crops.flip(3).where(flip[:, None, None, None] != 0, crops)
+        pixels = augmented(pixels, augmentation)
     # By a tensor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
     x = pixels.to(mean.dtype) / torch.full_like(mean, 255)[:, None, None]
     x = (x - mean[:, None, None]) / std[:, None, None]
     x = x.where(known[:, None, None, None], float("nan")).to(dtype)
     form = torch.channels_last if channels_last else torch.contiguous_format
     return x.contiguous(memory_format=form), labels[at].where(known, -1)
+
+
+def augmented(pixels: Tensor, augmentation: Tensor) -> Tensor:
+    """Images [B, C, H, W] of any dtype, each cropped and flipped as `augmentation`, integer [B, 3], says above."""
+    dy, dx, flip = augmentation.long().unbind(1)
+    _, _, height, width = pixels.shape
+    rows = torch.arange(height, device=dy.device) + dy[:, None]  # [B, H]
+    columns = torch.arange(width, device=dx.device) + dx[:, None]  # [B, W]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    sample = torch.arange(len(pixels), device=dy.device)[:, None, None]
+    # Advanced indices around a slice: the channels come last.
+    crops = pixels[sample, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+    crops = crops.movedim(3, 1).where(inside[:, None], 0)
+    return crops.flip(3).where(flip[:, None, None, None] != 0, crops)
 
 
 def draw_augmentation(samples: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

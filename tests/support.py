@@ -38,7 +38,7 @@ def begin(config: Config, run: Path) -> Path:
     run.mkdir()
     data = load_data(config.data, config.seed)
     n = config.federation.clients
-    dealt = partition.deal(data.labels, len(data.classes), config.partition, n, config.seed)
+    dealt = partition.deal(data.labels, len(data.classes), config.partition, n, config.seed, data.classes, data.column)
     dealt.save(run / "partition.safetensors")
     checkpoint.create(run, {} if config.method == "local" else theta(config))
     return run

@@ -162,3 +162,36 @@ def test_settings_without_effect_are_named() -> None:
 def test_byte_order_mark_is_taken(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
     assert read(tmp_path / "c.toml").seed == 3
+
+
+def test_options_of_partitioners(tmp_path: Path) -> None:
+    path = tmp_path / "shards.toml"
+    path.write_text(
+        '[partition]\nkind = "ShardPartitioner"\n[partition.options]\nnum_shards_per_partition = 2\nsizes = [1, 2]\n'
+    )
+    config = read(path)
+    assert config.partition.options == {"num_shards_per_partition": 2, "sizes": [1, 2]}
+    words = ["--partition.options.num-shards-per-partition=3", "--seed", "4", "--partition.options.mode", "strict"]
+    changed_ = override(config, words)
+    assert changed_.seed == 4
+    assert changed_.partition.options == {"num_shards_per_partition": 3, "sizes": [1, 2], "mode": "strict"}
+    path.write_bytes(save(changed_))
+    assert read(path) == changed_
+    check(changed_)
+    path.write_text("[partition]\noptions = 3\n")
+    with pytest.raises(UserError, match=r"partition.options is 3, must be a table: write \[partition.options\]"):
+        read(path)
+    with pytest.raises(UsageError, match=r"--partition\.options.mode has no value"):
+        override(config, ["--partition.options.mode"])
+    for partition, expected in (
+        (
+            {"kind": "random"},
+            "partition.kind is 'random', must be one of pathological, dirichlet, iid, natural, or the",
+        ),
+        ({"kind": "natural"}, "partition.column is empty, must name a column of the data"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            check(changed(Config(), partition=partition))
+    assert ignored(changed(Config(), partition={"column": "writer"})) == [
+        'partition.column = writer has no effect with partition.kind = "pathological"'
+    ]

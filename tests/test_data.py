@@ -19,6 +19,7 @@ from PIL import Image
 from fedmoe import data
 from fedmoe.config import Data
 from fedmoe.errors import UserError
+from fedmoe.sources import columnar
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 
@@ -99,7 +100,7 @@ def test_a_data_subfolder_and_a_file_without_shard_numbers_are_found(tmp_path: P
 def test_batches_and_row_groups_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "train.parquet", [row % 3 for row in range(11)])
     whole = [data.load(Data(name=str(tmp_path), limit=limit), seed=0).fingerprint for limit in (0, 5)]
-    monkeypatch.setattr(data, "BATCH", 3)
+    monkeypatch.setattr(columnar, "BATCH", 3)
     assert [data.load(Data(name=str(tmp_path), limit=limit), seed=0).fingerprint for limit in (0, 5)] == whole
     write(path, [0] * 11, [picture(0)] * 9 + [b"?"] * 2)
     assert "row 9: image cannot be decoded" in complaint(name=str(tmp_path))
@@ -232,12 +233,12 @@ def test_files_that_disagree_are_named(tmp_path: Path) -> None:
 
 def test_folders_and_splits_that_are_not_there(tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    assert f"the folder {absent} does not exist" in complaint(name=str(absent))
-    assert "the folder ../absent-folder does not exist" in complaint(name="../absent-folder")
+    assert f"the file or folder {absent} does not exist" in complaint(name=str(absent))
+    assert "the file or folder ../absent-folder does not exist" in complaint(name="../absent-folder")
     assert f"{tmp_path}: no parquet files in it" in complaint(name=str(tmp_path))
     file = write(tmp_path / "train.parquet", [0])
     write(tmp_path / "test.parquet", [0])
-    assert f"the folder {file} is not a folder" in complaint(name=str(file))
+    assert data.load(Data(name=str(file)), seed=0).labels.tolist() == [0]
     assert "has no split 'dev': set data.splits to any of test, train" in complaint(name=str(tmp_path), splits=("dev",))
     assert "digits has no split 'test': set data.splits to any of train" in complaint(splits=("test",))
     assert "data.limit is -1" in complaint(limit=-1)
@@ -266,7 +267,7 @@ def test_a_failing_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = complaint(name="someone/pets")
-    assert message.startswith("data.name: 'someone/pets' is no folder here")
+    assert message.startswith("data.name: 'someone/pets' is no file or folder here")
     assert "(Couldn't reach 'someone/pets' on the Hub)" in message
 
 

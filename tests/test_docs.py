@@ -18,7 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/own-data.md"])
 def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in blocks(page, "python") + blocks(page, "toml"):
@@ -38,6 +38,8 @@ def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
             command = [sys.executable, "-m", "pytest", "-p", "fedmoe.profiling.plugin", *words]
             done_ = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
             assert done_.returncode == 0 and "test_scale twice" in done_.stdout, done_.stdout + done_.stderr
+        elif program == "python":
+            subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
         else:  # the two commands of a fresh machine, and entering their environment
             assert program in ("make", ".")
     assert ran >= 3

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +19,7 @@ from fedmoe.config import Partition
 from fedmoe.errors import UserError
 from fedmoe.partition import Split, deal
 
-Kind = Literal["pathological", "dirichlet", "iid"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("pathological", "dirichlet", "iid")
 
 
 def sorted_labels(samples: int, classes: int) -> Tensor:
@@ -48,7 +47,7 @@ def complaint(labels: Tensor, classes: int, clients: int, **config: Any) -> str:
     seed=st.integers(0, 2**63),
 )
 def test_every_split_is_disjoint_whole_and_repeatable(
-    kind: Kind,
+    kind: str,
     samples: int,
     classes: int,
     clients: int,
@@ -89,7 +88,7 @@ def test_every_split_is_disjoint_whole_and_repeatable(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_decides_and_the_global_seeds_do_not(kind: Kind) -> None:
+def test_the_seed_decides_and_the_global_seeds_do_not(kind: str) -> None:
     labels = sorted_labels(600, 6)
     splits = []
     for seed, global_seed in ((5, 0), (5, 1), (6, 0)):
@@ -115,7 +114,7 @@ def test_another_process_deals_the_same() -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_clients_are_dealt_in_seconds(kind: Kind) -> None:
+def test_a_thousand_clients_are_dealt_in_seconds(kind: str) -> None:
     labels = sorted_labels(60_000, 10)
     start = time.perf_counter()
     split = deal(labels, 10, Partition(kind=kind), 1000, seed=0)
@@ -203,6 +202,81 @@ def test_a_client_that_gets_too_little_is_named() -> None:
     message = complaint(labels, 2, 2, classes_per_client=1)
     assert message.startswith(("client 0 of 2 gets 4 samples, it needs 10:", "client 1 of 2 gets 4 samples"))
     assert "class 1 has 4 samples for the 5 clients that hold it" in complaint(labels, 2, 10, classes_per_client=1)
+
+
+def test_a_natural_partition_has_a_client_for_each_of_the_largest_values() -> None:
+    labels, owners = sorted_labels(200, 4), ["b", "d", "a", "c"] * 30 + ["a", "b", "e", "a"] * 20
+    columns: dict[str, Any] = {"writer": owners, "age": [10 if owner == "a" else 9 for owner in owners]}
+    split = deal(labels, 4, Partition(kind="natural", column="writer"), 3, 0, column=columns.__getitem__)
+    for client, owner in enumerate(("a", "b", "c")):  # of 70, 50, 30 and 30 samples
+        own = torch.cat([split.train(client), split.test(client)])
+        assert sorted(own.tolist()) == [row for row, value in enumerate(owners) if value == owner]
+    ages = deal(labels, 4, Partition(kind="natural", column="age"), 2, 0, column=columns.__getitem__)
+    assert ages.offsets.tolist() == [0, 130, 200]
+    with pytest.raises(
+        UserError, match=r"'writer' has 5 values, federation.clients is 6: lower it to 5 or name another"
+    ):
+        deal(labels, 4, Partition(kind="natural", column="writer"), 6, 0, column=columns.__getitem__)
+    with pytest.raises(UserError, match=r"client 0 of 2 gets 70 samples, it needs 80"):
+        deal(labels, 4, Partition(kind="natural", column="writer", min_samples=80), 2, 0, column=columns.__getitem__)
+    assert "partition.column is 'x', these data have no columns" in complaint(labels, 4, 2, kind="natural", column="x")
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "ShardPartitioner": {"num_shards_per_partition": 2},
+    "PathologicalPartitioner": {"num_classes_per_partition": 2},
+    "DirichletPartitioner": {"alpha": [0.5] * 6},
+    "LinearPartitioner": {},
+    "SquarePartitioner": {},
+    "ExponentialPartitioner": {},
+    "SizePartitioner": {"partition_sizes": [200] * 6},
+    "InnerDirichletPartitioner": {"partition_sizes": [200] * 6, "alpha": 0.5},
+    "DistributionPartitioner": {
+        "distribution_array": [[1.0] * 3] * 6,
+        "num_unique_labels_per_partition": 3,
+        "preassigned_num_samples_per_label": 5,
+    },
+    "NaturalIdPartitioner": {"partition_by": "writer"},
+    "GroupedNaturalIdPartitioner": {"partition_by": "writer", "group_size": 2},
+    "ContinuousPartitioner": {"partition_by": "age", "strictness": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_partitioners_of_flwr_datasets_by_name(kind: str) -> None:
+    labels = sorted_labels(2400, 6)
+    rows = range(2400)
+    columns: dict[str, Any] = {"writer": [f"w{row % 16}" for row in rows], "age": [row % 70 for row in rows]}
+    config = Partition(kind=kind, options=NAMED[kind], min_samples=2)
+    splits = [deal(labels, 6, config, 6, seed, column=columns.__getitem__) for seed in (1, 1, 2)]
+    assert splits[0].fingerprint == splits[1].fingerprint != splits[2].fingerprint
+    assert len(splits[0]) == 6
+    assert len(splits[0].indices.unique()) == len(splits[0].indices)
+
+
+def test_partitioners_cannot_be_made_of_anything() -> None:
+    labels = sorted_labels(200, 4)
+    assert "'MagicPartitioner': flwr-datasets has ContinuousPartitioner, Di" in complaint(
+        labels, 4, 2, kind="MagicPartitioner"
+    )
+    assert "'VerticalEvenPartitioner': flwr-datasets has" in complaint(labels, 4, 2, kind="VerticalEvenPartitioner")
+    for options, expected in (
+        (
+            {"shards": 2},
+            "partition.options.shards: ShardPartitioner has no such option, but num_partitions, partition_by",
+        ),
+        ({}, "ShardPartitioner of flwr-datasets: "),
+        ({"num_shards_per_partition": "two"}, "ShardPartitioner of flwr-datasets: "),
+        ({"num_shards_per_partition": 2, "partition_by": "hue"}, "partition.column is 'hue', these data have no"),
+    ):
+        assert expected in complaint(labels, 4, 2, kind="ShardPartitioner", options=options)
+    assert "NaturalIdPartitioner of flwr-datasets: " in complaint(labels, 4, 9, kind="NaturalIdPartitioner")
+
+
+def test_classes_are_named_in_complaints() -> None:
+    labels = torch.tensor([0] * 96 + [1] * 4)
+    with pytest.raises(UserError, match="class owl has 4 samples for the 5 clients that hold it"):
+        deal(labels, 2, Partition(classes_per_client=1), 10, 0, names=("cat", "owl"))
 
 
 def test_a_saved_split_is_the_same_and_damage_is_named(tmp_path: Path) -> None:

@@ -219,9 +219,9 @@ def seen_orders(engine: ReferenceEngine, jobs: list[Job]) -> list[torch.Tensor]:
         batch = client.batch
         drawn: list[torch.Tensor] = []
 
-        def record(indices: torch.Tensor, batch=batch, drawn=drawn):  # type: ignore[no-untyped-def]
+        def record(indices: torch.Tensor, augmentation=None, *, batch=batch, drawn=drawn):  # type: ignore[no-untyped-def]
             drawn.append(indices)
-            return batch(indices)
+            return batch(indices, augmentation)
 
         client.batch = record  # type: ignore[method-assign]
         list(engine.run("train", [each]))

@@ -113,7 +113,7 @@ def test_no_run(fedmoe: Callable[..., Done], tmp_path: Path) -> None:
 
 
 def test_a_run_in_progress_is_left_alone(trained: Path, fedmoe: Callable[..., Done]) -> None:
-    with run._locked(trained):
+    with run.locked(trained):
         assert "is in use by another process" in fedmoe("report", trained).one_line()
 
 
@@ -187,7 +187,7 @@ def test_runs_of_every_kind(config: Config, tmp_path: Path, changes: dict[str, A
     changes = changes | {"federation": {**changes.get("federation", {}), "rounds": 2}}
     with run.started(changed(config, **changes), tmp_path / "a") as (made, device):
         if rounds:
-            run._finish(made, tmp_path / "a", device)
+            run._finish(made, tmp_path / "a", device, None)
         report.write(made, tmp_path / "a", device)
     page = shown(tmp_path / "a/report.html")
     assert page.sections == [name for name in ALL if name not in without]
