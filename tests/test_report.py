@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmoe import outcome, report, run
+from fedmoe import insight, outcome, report, run
 from fedmoe.config import Config
 from fedmoe.errors import UserError
 from fedmoe.profiling.markup import THIN
@@ -180,7 +180,10 @@ def test_a_report_that_fails_costs_no_run(fedmoe: Callable[..., Done], tmp_path:
         ({"federation": {"rounds": 0}}, set(ALL) - {"numbers", "partition", "setup"}),
     ],
 )  # fmt: skip
-def test_runs_of_every_kind(config: Config, tmp_path: Path, changes: dict[str, Any], without: set[str]) -> None:
+def test_runs_of_every_kind(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], without: set[str]
+) -> None:
+    monkeypatch.setattr(insight, "PICTURED", 1)  # they take the most time
     rounds = changes.get("federation", {}).get("rounds", 2)
     engine = {"kind": "reference"}
     config = changed(config, run={"dir": str(tmp_path / "a"), "threads": 1, "report": False}, engine=engine)
