@@ -120,7 +120,7 @@ class ReportSections:
         up, down = sum(r.bytes_up for r in s.rounds), sum(r.bytes_down for r in s.rounds)
         yield "communication", size(up + down), f"{size(up)} up, {size(down)} down, all clients"
         yield "computed", scaled(sum(r.flops for r in s.rounds), "FLOP"), "in training: products and convolutions"
-        if (joules := outcome.energy(s.rounds)) is not None:
+        if (joules := outcome.energy(s.rounds)) is not None and samples:
             yield "energy", scaled(joules, "J"), f"{scaled(1000 * joules / samples, 'J')} per 1000 samples"
         if s.gates:
             weights = [weight for one in s.gates for weight in one.weights]

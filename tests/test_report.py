@@ -211,6 +211,21 @@ def test_no_accuracy_at_all_and_no_evaluation() -> None:
     assert "clients" not in page.sections and "plot-loss" in page.figures
 
 
+def test_gates_that_are_not_finite_are_not_drawn(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(
+        config, federation={"rounds": 1}, engine={"kind": "reference"}, run={"report": False, "threads": 1}
+    )
+    nan = torch.full((4, 2), torch.nan)
+    monkeypatch.setattr(insight, "_outputs", lambda client: ({"gate": nan, "local": nan}, torch.zeros(4).long()))
+    with run.started(config, tmp_path / "a") as (made, device):
+        run._finish(made, tmp_path / "a", device)
+        report.write(made, tmp_path / "a", device)
+    page = shown(tmp_path / "a/report.html")
+    assert not {"gate", "representations"} & set(page.sections) and "nan" not in page.words
+
+
 def test_who_was_left_out_is_named() -> None:
     s = reports.subject(10, 50)
     words = said(Parsed(report.page(s)))
