@@ -59,7 +59,8 @@ def look(config: Config, run: Path, device: torch.device) -> tuple[list[Gated], 
         if config.method == "fedmoe":
             weights = outputs["gate"].softmax(dim=1)[:, 0]
             finite = weights.isfinite()
-            gated.append(Gated(id, weights[finite].tolist(), labels[finite].tolist()))
+            if finite.any():
+                gated.append(Gated(id, weights[finite].tolist(), labels[finite].tolist()))
         if number < PICTURED and (places := _places(outputs)):
             pictured.append(Pictured(id, places, labels[:DOTS].tolist()))
     return gated, pictured

@@ -161,7 +161,8 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         own = {c: [w for w, y in zip(one.weights, one.labels, strict=True) if y == c] for c in seen}
         weights.append([round(math.fsum(w) / len(w), 4) if w else None for w in own.values()])
         counts.append([len(w) for w in own.values()])
-    top = max(w for row in weights for w in row if w is not None)
+    drawn = [w for row in weights for w in row if w is not None]
+    low, top = min(drawn), max(drawn)
     names = [label(classes[c]) for c in seen]
     data = {
         "type": "heatmap",
@@ -169,9 +170,9 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         "z": weights,
         "text": [names] * len(found),
         "customdata": counts,
-        "zmin": 0,
-        "zmax": top or 1,
-        "colorscale": [[0, "var(--card)"], [1, "var(--accent)"]],
+        "zmin": low,
+        "zmax": max(top, low + 1e-3),
+        "colorscale": [[0, "#c98a12"], [1, "#2f7fd6"]],
         "xgap": 1 if len(seen) <= 40 else 0,
         "ygap": 1,
         "hoverongaps": False,
@@ -186,8 +187,8 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         "xaxis": axis | short | {"title": {"text": "class"}},
         "yaxis": axis | {"type": "category", "title": {"text": "client"}, "autorange": "reversed"},
     }
-    what = f"Mean weight of the global expert by client and class, at most {digits(top)}"
-    note = "Empty: the client has no such sample among those looked at."
+    what = f"Mean weight of the global expert by client and class, from {digits(low)} to {digits(top)}"
+    note = "Color: the mean weight of the global expert; empty where the client has no such sample."
     return Figure("gates-by-class", what, min(900, max(180, 100 + 16 * len(found))), [data], layout, note)
 
 

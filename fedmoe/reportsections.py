@@ -120,7 +120,7 @@ class ReportSections:
         up, down = sum(r.bytes_up for r in s.rounds), sum(r.bytes_down for r in s.rounds)
         yield "communication", size(up + down), f"{size(up)} up, {size(down)} down, all clients"
         yield "computed", scaled(sum(r.flops for r in s.rounds), "FLOP"), "in training: products and convolutions"
-        if (joules := outcome.energy(s.rounds)) is not None:
+        if (joules := outcome.energy(s.rounds)) is not None and samples:
             yield "energy", scaled(joules, "J"), f"{scaled(1000 * joules / samples, 'J')} per 1000 samples"
         if s.gates:
             weights = [weight for one in s.gates for weight in one.weights]
@@ -229,8 +229,8 @@ class ReportSections:
         s, rows = self._s, list[Row]()
         lines = [r for r in s.rounds if r.rolled_back or r.not_finite or r.parts or r.skipped]
         for r in lines[-LISTED:]:
-            parts = ", ".join(f"{client} (in {count})" for client, count in r.parts.items())
-            said = [_listed(r.rolled_back), _listed(r.not_finite), parts]
+            parts = [f"{client} (in {count})" for client, count in r.parts.items()]
+            said = [_listed(r.rolled_back), _listed(r.not_finite), _listed(parts)]
             rows.append([str(r.number), *said, str(r.skipped) if r.skipped else ""])
         head = ["round", "rolled back", "test loss not finite", "batches in parts", "steps skipped"]
         notes = configfile.ignored(s.config)
@@ -273,7 +273,7 @@ def _count(number: int, of: str) -> str:
     return f"{number:,} {of}{'s' * (number != 1)}"
 
 
-def _listed(clients: Sequence[int], most: int = 20) -> str:
+def _listed(clients: Sequence[object], most: int = 20) -> str:
     more = f" and {len(clients) - most} more" if len(clients) > most else ""
     return ", ".join(map(str, clients[:most])) + more
 

@@ -37,13 +37,13 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.cdp("Emulation.setEmulatedMedia", {"features": [scheme]})
         self._ask(f"{self._session}/url", {"url": path.resolve().as_uri()})
-        for _ in range(400):
+        for _ in range(1200):
             if self.run(
                 "return 'drawn' in document.documentElement.dataset || !document.getElementById('trouble').hidden"
             ):
                 return
             time.sleep(0.05)
-        raise AssertionError("the plots are not drawn after 20 s")
+        raise AssertionError("the plots are not drawn after a minute")
 
     def run(self, script: str) -> Any:
         """What the script returns."""

@@ -66,7 +66,7 @@ def test_help_lists_commands_and_every_field(fedmoe: Fedmoe) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedmoe", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("train", "resume", "eval", "plan", "bench", "doctor"):
+    for command in ("train", "resume", "eval", "report", "plan", "bench", "doctor"):
         assert f"\n    {command} " in done.stdout
 
 

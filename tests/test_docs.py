@@ -1,4 +1,4 @@
-"""Every command that the README and the guide show works as shown."""
+"""Every command that the README, the guide and its pages show works as shown."""
 
 import os
 import re

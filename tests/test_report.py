@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmoe import outcome, report, run
+from fedmoe import insight, outcome, report, run
 from fedmoe.config import Config
 from fedmoe.errors import UserError
 from fedmoe.profiling.markup import THIN
@@ -180,7 +180,10 @@ def test_a_report_that_fails_costs_no_run(fedmoe: Callable[..., Done], tmp_path:
         ({"federation": {"rounds": 0}}, set(ALL) - {"numbers", "partition", "setup"}),
     ],
 )  # fmt: skip
-def test_runs_of_every_kind(config: Config, tmp_path: Path, changes: dict[str, Any], without: set[str]) -> None:
+def test_runs_of_every_kind(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], without: set[str]
+) -> None:
+    monkeypatch.setattr(insight, "PICTURED", 1)  # they take the most time
     rounds = changes.get("federation", {}).get("rounds", 2)
     engine = {"kind": "reference"}
     config = changed(config, run={"dir": str(tmp_path / "a"), "threads": 1, "report": False}, engine=engine)
@@ -206,6 +209,21 @@ def test_no_accuracy_at_all_and_no_evaluation() -> None:
     unseen = [replace(r, evaluated=[], accuracy=None, aggregated=None, test_loss=None) for r in s.rounds]
     page = Parsed(report.page(replace(s, rounds=unseen)))
     assert "clients" not in page.sections and "plot-loss" in page.figures
+
+
+def test_gates_that_are_not_finite_are_not_drawn(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(
+        config, federation={"rounds": 1}, engine={"kind": "reference"}, run={"report": False, "threads": 1}
+    )
+    nan = torch.full((4, 2), torch.nan)
+    monkeypatch.setattr(insight, "_outputs", lambda client: ({"gate": nan, "local": nan}, torch.zeros(4).long()))
+    with run.started(config, tmp_path / "a") as (made, device):
+        run._finish(made, tmp_path / "a", device)
+        report.write(made, tmp_path / "a", device)
+    page = shown(tmp_path / "a/report.html")
+    assert not {"gate", "representations"} & set(page.sections) and "nan" not in page.words
 
 
 def test_who_was_left_out_is_named() -> None:
