@@ -1,4 +1,4 @@
-"""Every command that the README and the guide show works as shown."""
+"""Every command that the README and the pages of docs/ show works as shown."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/compare.md"])
 def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in blocks(page, "python") + blocks(page, "toml"):
