@@ -25,7 +25,7 @@ def run(
     if number is not None and number < 1:
         raise UsageError(f"--round is {number}, must be at least 1")
     if out is not None:
-        check_writable(out)
+        _check_writable(out)
     report, variants = contrast([read(folder) for folder in _runs(folders)], number, target)
     if as_json:
         print(json.dumps(report.to_json(), indent=1), flush=True)
@@ -38,11 +38,14 @@ def run(
         Output(stderr=as_json).print(f"page: {out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def check_writable(out: Path) -> None:
+def _check_writable(out: Path) -> None:
     """Raise UserError unless a page can be written to `out`: before the work, not after."""
-    above = out.absolute().parent
-    if out.is_dir() or not (above.is_dir() and os.access(above, os.W_OK)):
-        why = "it is a folder" if out.is_dir() else f"{above} is not a folder that can be written to"
+    above, why = out.absolute().parent, None
+    if out.exists() and not (out.is_file() and out.read_bytes()[:9] == b"<!DOCTYPE"):
+        why = "it is there and no page"
+    elif not (above.is_dir() and os.access(above, os.W_OK)):
+        why = f"{above} is not a folder that can be written to"
+    if why is not None:
         raise UserError(f"{out} cannot be written: {why}: choose another --out")
 
 

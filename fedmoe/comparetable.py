@@ -1,6 +1,6 @@
 """What is printed of a comparison: tables for a terminal, whose cells are those of its page, too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -8,36 +8,47 @@ from rich.text import Text
 
 from fedmoe.contrast import Difference, Report, Row
 
-VARIANTS = ("variant", "seeds", "accuracy", "over clients", "lowest client", "test loss")
+VARIANTS = ("variant", "seeds", "accuracy", "clients", "lowest", "test loss")
 COSTS = ("rounds", "MB", "TFLOP", "seconds")
 DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict", "compared")
 
 
 def show(console: Console, report: Report) -> None:
-    """Print all of it."""
+    """Print all of it, in tables that a terminal of 80 columns has room for."""
     if not console.is_terminal:  # a file has no width that a table must keep
         console.width = max(console.width, 160)
-    table = Table(title=title(report), title_justify="left")
-    for name in (*VARIANTS, *COSTS):
-        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name != "variant")
-    for row in report.variants:
-        table.add_row(*map(Text, cells(row, report)))
-    console.print(table)
+    rows = [cells(row, report) for row in report.variants]
+    split = len(VARIANTS)
+    console.print(_table(f"held-out accuracy after round {report.round}", VARIANTS, [row[:split] for row in rows]))
+    console.print(_table(_took(report), ("variant", *COSTS), [[row[0], *row[split:]] for row in rows]))
     if report.differences:
-        table = Table(title=Text(f"accuracy less that of {report.variants[0].name}"), title_justify="left")
-        for name in DIFFERENCES:
-            table.add_column(name, justify="right" if name in DIFFERENCES[1:5] else "left")
-        for difference in report.differences:
-            table.add_row(*map(Text, against(difference)))
-        console.print(table)
+        shown, hows = [0, 1, 2, 4, 5, 6], {difference.how for difference in report.differences}
+        said = f"accuracy less that of {report.variants[0].name}"
+        if len(hows) == 1:
+            shown, said = shown[:-1], f"{said}; {hows.pop()}"
+        lines = [against(difference) for difference in report.differences]
+        console.print(_table(said, [DIFFERENCES[i] for i in shown], [[line[i] for i in shown] for line in lines]))
     for note in report.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
+def _table(said: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=Text(said), title_justify="left")
+    for name in head:
+        words = name in ("variant", "verdict", "compared")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def title(report: Report) -> str:
     """What the variants' table shows."""
-    to = "till then" if report.target is None else f"to an accuracy of {report.target:g}"
-    return f"held-out accuracy after round {report.round}, and what it took {to}"
+    return f"held-out accuracy after round {report.round}, and {_took(report)}"
+
+
+def _took(report: Report) -> str:
+    return "what it took till then" if report.target is None else f"what it took to an accuracy of {report.target:g}"
 
 
 def cells(row: Row, report: Report) -> list[str]:
@@ -50,7 +61,7 @@ def cells(row: Row, report: Report) -> list[str]:
         "none" if row.accuracy is None else f"{row.accuracy:.4f}{spread}",
         "" if row.over_clients is None else f"± {row.over_clients:.3f}",
         _figure(row.lowest, "{:.3f}"),
-        _figure(row.test_loss, "{:.4f}"),
+        _figure(row.test_loss, "{:,.4g}"),
         *_costs(row, report.target is not None),
     ]
 

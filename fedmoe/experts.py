@@ -85,15 +85,20 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
         except (Exception, SystemExit) as error:  # whatever a user's factory raises
             raise UserError(f"model {name!r} cannot be made for images of {list(shape)}: {reason(error)}") from error
         return _checked(name, made, shape, classes)
+    check_name(name)
     family = MNIST if max(shape[1:]) <= 28 else CIFAR
-    if name not in family:
-        raise UserError(f"model {name!r} is none of {', '.join(family)}, nor `package.module:factory`")
     if min(shape[1:]) < 16:
         raise UserError(
             f"model {name!r} needs images of at least 16x16 pixels, not {shape[1]}x{shape[2]}: set data.image_size"
         )
     layers = family[name]
     return Split(Extractor(shape, layers), nn.Linear(layers.fc2, classes))
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what cannot be the name of a model."""
+    if ":" not in name and name not in CIFAR:
+        raise UserError(f"model {name!r} is none of {', '.join(CIFAR)}, nor `package.module:factory`")
 
 
 def width(extractor: nn.Module, shape: tuple[int, int, int]) -> int:

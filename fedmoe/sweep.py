@@ -19,7 +19,8 @@ from fedmoe.comparetable import show
 from fedmoe.config import Config
 from fedmoe.contrast import contrast
 from fedmoe.display import Output, warn
-from fedmoe.errors import DiskError, UserError
+from fedmoe.errors import DiskError, OutputLost, UserError
+from fedmoe.experts import check_name
 from fedmoe.files import write_atomic
 from fedmoe.grid import Grid, Planned
 from fedmoe.rounds import Stopped, Whole
@@ -45,19 +46,23 @@ class Outcome:
 def run(grid: Grid, folder: Path, as_json: bool, said: str) -> int:
     """Train what is not finished of the grid in `folder`, print and write the comparison; 1 if a run failed, else 0.
 
-    `said` are the words that call it. Raises KeyboardInterrupt, saying how to go on, where it is stopped.
+    `said` are the words that call it. Raises UserError before the first begins where they cannot be, and
+    KeyboardInterrupt, saying how to go on, where it is stopped.
     """
     for line in grid.idle():
         warn(line)
     folder, hint = folder.expanduser(), f"continue with: {said}"
     console, threads = Output(stderr=as_json), torch.get_num_threads()
     planned = grid.runs()
+    for one in planned:
+        for name in (*one.config.model.local, one.config.model.global_expert):
+            check_name(name)
     outcomes: list[Outcome] = []
     finished: list[Trained] = []
     with interrupting(), _opened(folder, grid, said):
         for number, one in enumerate(planned, start=1):
-            _tell(console, f"run {number} of {len(planned)}: {one.name}")
             try:
+                _tell(console, f"run {number} of {len(planned)}: {one.name}")
                 torch.set_num_threads(threads)  # a run that asked for others has left them
                 _take(one, folder / one.name, Whole(console, hint))
                 finished.append(read(folder / one.name))
@@ -69,8 +74,9 @@ def run(grid: Grid, folder: Path, as_json: bool, said: str) -> int:
                 _tell(console, f"failed: {error}")
             except Stopped:
                 raise
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped before {one.name} went on; {hint}") from None
+            except (KeyboardInterrupt, OutputLost) as stop:
+                why = f" ({stop})" if isinstance(stop, OutputLost) else ""
+                raise KeyboardInterrupt(f"stopped before {one.name} went on{why}; {hint}") from None
             outcomes.append(Outcome(one.name, one.config.seed, error))
             gc.collect()
             torch.cuda.empty_cache()  # the next plans with the memory that is free

@@ -109,6 +109,7 @@ def test_stopped_in_whatever_way_and_called_again_it_ends_the_same(swept: Path, 
             '(the alternatives: {"method": ["fedmoe", "local"], "training.lr": [0.5, 0.6]}, began with {"method"',
         ),
         ((*GRID, "--training.lr", "0.5,fast"), "training.lr is 'fast', must be a number"),
+        ((*GRID, "--model.global_expert", "cnn-5,cnn-9"), "model 'cnn-9' is none of cnn-1, cnn-2"),
         ((*GRID, "--dir", "."), ". exists and is not a sweep: choose another --dir"),
         ((*GRID, "--dir", "file"), "file exists and is not a sweep: choose another --dir"),
         ((*GRID, "--dir", "file/below"), "file is not a folder that can be written to: choose another --dir"),
@@ -145,7 +146,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path, fedmoe: F
 
 
 def test_all_fail(tmp_path: Path, fedmoe: Fedmoe) -> None:
-    done = fedmoe("sweep", *SMALL, "--model.global_expert", "cnn-7,cnn-9")
+    done = fedmoe("sweep", *SMALL, "--model.global_expert", "no.where:a,no.where:b")
     assert done.code == 1 and "2 of 2 runs failed" in done.out
     assert not (tmp_path / "runs" / "sweep" / "compare.html").exists()
 
