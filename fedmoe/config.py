@@ -68,7 +68,7 @@ class Partition:
     kind: str = "pathological"
     """`pathological`: a few classes per client; `dirichlet`: class shares drawn from Dirichlet(alpha); `iid`;
     `natural`: a client for each value of a column; or a partitioner of flwr-datasets by its name, such as
-    `ShardPartitioner`."""
+    `ShardPartitioner`, made with `--partition.options.NAME VALUE`."""
     classes_per_client: int = 2
     """Classes each client sees (pathological)."""
     alpha: float = 0.5
@@ -77,7 +77,7 @@ class Partition:
     """Column of the data whose values are clients, those with most samples first (natural), or that a partitioner
     partitions by instead of the label; `split`: which split, or folder above the classes, a sample comes from."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What a partitioner of flwr-datasets is made with, by name; on the command line `--partition.options.NAME`."""
+    """What a partitioner of flwr-datasets is made with, by name."""
     test_fraction: float = 0.2
     """Share of every client's samples held out for its own test."""
     min_samples: int = 10

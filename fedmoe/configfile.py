@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import math
 import re
 import tomllib
@@ -127,6 +128,12 @@ def check(config: Config) -> None:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
+    try:
+        json.dumps(config.partition.options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"partition.options must hold text, finite numbers, true or false, and lists: {error}"
+        ) from error
     kind, column = config.partition.kind, config.partition.column
     if kind not in PARTITIONS and not kind.endswith("Partitioner"):
         raise UserError(

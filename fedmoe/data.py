@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -68,13 +70,26 @@ def _load(config: settings.Data, seed: int) -> Dataset:
     keep = torch.arange(len(labels))
     if 0 < config.limit < len(labels):
         keep = torch.randperm(len(labels), generator=generator(seed, "data"))[: config.limit].sort().values
-    images = _stack(_images(parts, starts, keep.numpy(), size), len(keep))
+    with _quiet():
+        images = _stack(_images(parts, starts, keep.numpy(), size), len(keep))
+    parts = [replace(part, images=lambda _: iter(())) for part in parts]  # what these hold is not needed any more
 
     def column(name: str) -> list[str | int]:
         values = [value for part in parts for value in _column(part, name)]
         return [values[row] for row in keep.tolist()]
 
     return Dataset(images, labels[keep], classes, _fingerprint(images, labels[keep], classes), column)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's warnings about odd files are nobody's business, but one of a bomb is an error."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _parts(config: settings.Data) -> list[Part]:

@@ -1,7 +1,9 @@
 """Deals the samples of a data set to the clients and splits every client's share into training and test samples."""
 
+import contextlib
 import hashlib
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -257,9 +259,7 @@ def _flower(
     columns: dict[str, Any] = {"label": labels, "position": np.arange(len(labels))}
     if (by := given.get("partition_by", "label")) not in columns:
         columns[str(by)] = column(str(by))
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")  # one warning of several lines for each draw
         try:
             # A list of lists can only be meant as an array.
@@ -279,9 +279,6 @@ def _flower(
             raise UserError(
                 f"{name} of flwr-datasets: {why}: change partition.options or federation.clients"
             ) from error
-        finally:
-            if not bars:
-                datasets.enable_progress_bars()
     dealt = np.concatenate(positions)
     if len(np.unique(dealt)) < len(dealt):
         raise UserError(f"{name} of flwr-datasets gives a sample to two clients: change partition.options")

@@ -27,7 +27,7 @@ def partition_figure(counts: Tensor, classes: Sequence[str], clients: Sequence[s
             "z": [[round(share, 3) for share in row] for row in shares.tolist()],
             "text": counts.tolist(),
             "zmin": 0,
-            "zmax": 1,
+            "zmax": round(_large(shares), 3),
             "colorscale": [[0, "var(--card)"], [1, "var(--accent)"]],
             "xgap": 1 if c <= 40 else 0,
             "ygap": 1 if n <= 60 else 0,
@@ -40,15 +40,22 @@ def partition_figure(counts: Tensor, classes: Sequence[str], clients: Sequence[s
     across, down = _ticks(c, 25), _ticks(n, 40)
     short = [label(name, 14, 1) for name in classes]
     layout = {
-        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+        "margin": {"l": 10, "r": 10, "t": 34, "b": 10},
         "xaxis": axis | {"tickvals": across, "ticktext": [short[i] for i in across], "title": {"text": "class"}},
         "yaxis": axis
         | {"tickvals": down, "ticktext": [rows[i] for i in down], "autorange": "reversed"}
         | {"title": {"text": "client"}},
     }
+    note = "The fuller the color, the larger the class's share of the client's samples."
     what = f"Share of each of {c} classes among the samples of each of {n} clients"
-    height = min(MOST, max(LEAST, 90 + ROW * n))
-    return Figure("partition", what, height, data, layout, note="Color: the class's share of the client's samples.")
+    height = min(MOST, max(LEAST, 114 + ROW * n))
+    return Figure("partition", what, height, data, layout, note=note)
+
+
+def _large(shares: Tensor) -> float:
+    """The share whose color is full: few cells have more, so that among many clients all others are seen."""
+    some = shares[shares > 0].sort().values
+    return max(0.001, some[round(0.99 * (len(some) - 1))].item()) if len(some) else 1.0
 
 
 def _ticks(count: int, most: int) -> list[int]:

@@ -197,7 +197,8 @@ def _picture(preview: Preview, width: int) -> Text:
             picture.append(SHADES[level] * wide, "cyan")
         picture.append("│\n", "dim")
     groups = f"{per_column} classes a column" if per_column > 1 else "a class a column"
+    groups += f", the mean of {per_line} clients a line" if per_line > 1 else ""
     names = [name if len(name) <= NAME else name[: NAME - 1] + "…" for name in preview.classes]
-    order = " ".join(names[:12]) + (f" … {names[-1]}" if len(names) > 12 else "")
+    order = ", ".join(names[:12]) + (f", …, {names[-1]}" if len(names) > 12 else "")
     picture.append(f"{groups}, in order: {order}; █ is {most:.0%} of a client's samples", "dim")
     return picture

@@ -38,15 +38,14 @@ def gather_augment(
 def augmented(pixels: Tensor, augmentation: Tensor) -> Tensor:
     """Images [B, C, H, W] of any dtype, each cropped and flipped as `augmentation`, integer [B, 3], says above."""
     dy, dx, flip = augmentation.long().unbind(1)
-    _, _, height, width = pixels.shape
+    _, channels, height, width = pixels.shape
     rows = torch.arange(height, device=dy.device) + dy[:, None]  # [B, H]
-    columns = torch.arange(width, device=dx.device) + dx[:, None]  # [B, W]
+    columns = torch.arange(width, device=dx.device)
+    columns = columns.flip(0).where(flip[:, None] != 0, columns) + dx[:, None]  # [B, W]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    sample = torch.arange(len(pixels), device=dy.device)[:, None, None]
-    # Advanced indices around a slice: the channels come last.
-    crops = pixels[sample, :, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
-    crops = crops.movedim(3, 1).where(inside[:, None], 0)
-    return crops.flip(3).where(flip[:, None, None, None] != 0, crops)
+    place = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]  # [B, H, W]
+    every = place.flatten(1)[:, None].expand(-1, channels, -1)
+    return pixels.flatten(2).gather(2, every).view_as(pixels).where(inside[:, None], 0)
 
 
 def draw_augmentation(samples: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -188,6 +188,8 @@ def test_options_of_partitioners(tmp_path: Path) -> None:
             {"kind": "random"},
             "partition.kind is 'random', must be one of pathological, dirichlet, iid, natural, or the",
         ),
+        ({"options": {"a": float("nan")}}, "partition.options must hold text, finite numbers"),
+        ({"options": {"a": Path()}}, "partition.options must hold text, finite numbers"),
         ({"kind": "natural"}, "partition.column is empty, must name a column of the data"),
     ):
         with pytest.raises(UserError, match=expected):

@@ -243,12 +243,13 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_partitioners_of_flwr_datasets_by_name(kind: str) -> None:
+def test_partitioners_of_flwr_datasets_by_name(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     labels = sorted_labels(2400, 6)
     rows = range(2400)
     columns: dict[str, Any] = {"writer": [f"w{row % 16}" for row in rows], "age": [row % 70 for row in rows]}
     config = Partition(kind=kind, options=NAMED[kind], min_samples=2)
     splits = [deal(labels, 6, config, 6, seed, column=columns.__getitem__) for seed in (1, 1, 2)]
+    assert capsys.readouterr() == ("", "")  # nor progress bars
     assert splits[0].fingerprint == splits[1].fingerprint != splits[2].fingerprint
     assert len(splits[0]) == 6
     assert len(splits[0].indices.unique()) == len(splits[0].indices)

@@ -111,7 +111,14 @@ def _in_parts(step: Any, parts: int) -> Any:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(fedmoe: Any, tmp_path: Path) -> None:
-    options = (*SMALL, "--training.augment=crop")
+    options = (
+        *SMALL,
+        "--training.augment=crop",
+        "--federation.clients=2",
+        "--data.limit=100",
+        "--model.local",
+        "cnn-5",
+    )
     assert fedmoe("train", *options, "--run.dir=long").code == 0
     assert fedmoe("train", *options, "--federation.rounds=1", "--run.dir=short").code == 0
     assert fedmoe("resume", "short", "--rounds=2").code == 0

@@ -140,6 +140,11 @@ def test_idx_files_of_several_data_sets_are_told_apart(tmp_path: Path) -> None:
     assert "holds the same as train-images" in complaint(tmp_path / "dots")
 
 
+@pytest.mark.parametrize("name", ["./absent", "train-images-idx3-ubyte", "absent.parquet"])
+def test_names_of_files_are_never_looked_for_on_the_hub(name: str) -> None:
+    assert complaint(Path(name) if name[0] != "." else Path.cwd() / name).startswith("data.name: the file or folder ")
+
+
 def test_folders_of_two_kinds_are_ambiguous(tmp_path: Path) -> None:
     sourcefiles.npz(sourcefiles.parquet(tmp_path))
     assert "parquet files and npz files in it: give a folder that has one kind" in complaint(tmp_path)

@@ -28,7 +28,7 @@ def parts(path: Path, config: Data) -> list[Part]:
         return _file(regular(path), config)
     top = listed(path)
     data = listed(path / "data") if (path / "data").is_dir() else []
-    inner = [file for folder in top if folder.is_dir() for file in listed(folder) if file.suffix == ".arrow"]
+    inner = sorted(map(printable, path.glob("*/*.arrow")))
     found: dict[str, Callable[[], list[Part]]] = {}
     if files := [file for file in top if file.suffix == ".parquet"] or [f for f in data if f.suffix == ".parquet"]:
         found["parquet files"] = partial(_tables, path, files, columnar.parquet, config)

@@ -92,7 +92,7 @@ def regular(path: Path) -> Path:
     if path.is_symlink() and not path.exists():
         raise UserError(f"{shown(path)}: a link to {shown(path.readlink())}, which is not there: restore or remove it")
     what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
-    raise UserError(f"{shown(path)}: is {what}, a file is needed: remove it")
+    raise UserError(f"{shown(path)}: is {what}, a regular file is needed: replace it")
 
 
 def begins(path: Path, magic: bytes) -> None:

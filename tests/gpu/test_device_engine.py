@@ -58,6 +58,15 @@ def test_is_the_plain_loop(ragged: Config, tmp_path: Path, switch: str, head: st
     assert_close(outcome(config, run, how), expected, TOLERANCE[how.precision])
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("how", [PLAIN, ALL])
+def test_augmented_batches_are_the_plain_loops(ragged: Config, tmp_path: Path, how: How, resident: bool) -> None:
+    config = changed(ragged, training={"augment": "crop-flip"})
+    run = begin(config, tmp_path / "run")
+    expected = rounds(config, ReferenceEngine(changed(config, engine={"head": "plain"}), run, torch.device("cpu")), run)
+    assert_close(outcome(config, run, how, resident=resident), expected, TOLERANCE["fp32"])
+
+
 @pytest.mark.parametrize("how", [PLAIN, ALL])
 def test_paged_is_unpaged_bit_for_bit_and_so_is_a_second_run(ragged: Config, tmp_path: Path, how: How) -> None:
     config = changed(ragged, run={"deterministic": True})
