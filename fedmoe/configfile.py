@@ -126,6 +126,7 @@ def ignored(config: Config) -> list[str]:
     alone = [
         *shared,
         "model.global_expert",
+        "model.adapter",
         "training.theta_momentum",
         "federation.aggregation",
         "evaluation.aggregated",
