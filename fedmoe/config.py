@@ -197,6 +197,9 @@ class Config:
     engine: Engine = field(default_factory=Engine)
 
 
+EXPORTS = ("safetensors", "torch.export", "onnx")
+"""Formats that a trained client can be exported in."""
+
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}
 

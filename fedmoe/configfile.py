@@ -44,9 +44,14 @@ def read(path: Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     try:
-        return _build(Config, content, "")
+        return parse(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def parse(content: dict[str, Any]) -> Config:
+    """The configuration that nested tables give, defaults for the rest. Raises UserError for what is wrong in them."""
+    return _build(Config, content, "")
 
 
 def override(config: Config, words: list[str], command: str = "train", does: str = "Train a federation.") -> Config:

