@@ -34,6 +34,8 @@ def prepare(device: str, threads: int, deterministic: bool) -> torch.device:
 
 def allow_tf32(allowed: bool) -> None:
     """Whether fp32 products and convolutions on a GPU may round their operands to TF32."""
+    # First the one flag that there once was: torch.export fails where it differs from the newer ones, which it resets.
+    torch.backends.cudnn.allow_tf32 = allowed
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -67,21 +67,26 @@ def read_manifest(run: Path) -> Manifest:
 
 def load(run: Path, entry: Entry) -> State:
     """The tensors of one file of the run's checkpoint. Raises UserError naming the file and the check that failed."""
-    path = run / "checkpoints" / entry.file
+    return read_state(run / "checkpoints", entry, "the manifest")
+
+
+def read_state(folder: Path, entry: Entry, by: str) -> State:
+    """The tensors of a file whose size and SHA-256 `by` states. Raises UserError where they differ, or it is none."""
+    path = folder / entry.file
     try:
         size = path.stat().st_size
         if size != entry.bytes:
-            raise UserError(f"{path}: size is {size} bytes, the manifest says {entry.bytes}: restore it from a copy")
+            raise UserError(f"{path}: size is {size} bytes, {by} says {entry.bytes}: restore it from a copy")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry.sha256:
             raise UserError(
-                f"{path}: SHA-256 is {digest[:12]}..., the manifest says {entry.sha256[:12]}...: restore it from a copy"
+                f"{path}: SHA-256 is {digest[:12]}..., {by} says {entry.sha256[:12]}...: restore it from a copy"
             )
         return load_file(path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}), but the manifest names it: restore it from a copy"
+            f"{path}: cannot be read ({error.strerror}), but {by} names it: restore it from a copy"
         ) from error
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error}): restore it from a copy") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedmoe import __version__
+from fedmoe.config import EXPORTS
 from fedmoe.errors import OutputLost, UsageError, UserError
 from fedmoe.signals import handling
 
@@ -121,6 +122,22 @@ def _parser() -> Parser:
     sweep.add_argument("--dir", type=Path, default=Path("runs/sweep"))
     sweep.add_argument("--json", action="store_true")
     sweep.set_defaults(act=_sweep)
+
+    export = commands.add_parser("export", help="write a trained client as files to serve it from")
+    export.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("--client", type=int, required=True, metavar="K", help="whose model")
+    export.add_argument("--format", nargs="+", choices=EXPORTS, default=[], help="else all that can be had")
+    export.add_argument("--aggregated", action="store_true", help="with the aggregated global expert, not its own")
+    export.add_argument("--out", type=Path, metavar="DIR", help="a folder that is new or empty; else one in the run's")
+    export.set_defaults(act=_export, parser=export)
+
+    predict = commands.add_parser("predict", help="predict image files with a trained client")
+    predict.add_argument("model", type=Path, metavar="MODEL", help="an export, or a run folder")
+    predict.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="image file, or a folder of some")
+    predict.add_argument("--client", type=int, metavar="K", help="whose model, if MODEL is a run folder")
+    predict.add_argument("--top", type=int, default=3, metavar="N", help="the N most probable classes (3)")
+    predict.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    predict.set_defaults(act=_predict, parser=predict)
 
     plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
     plan.add_argument("--json", action="store_true")
@@ -254,6 +271,18 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
     from fedmoe import sweep
 
     return sweep.run(planned, args.dir, args.json, said)
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from fedmoe import export
+
+    export.run(args.run, args.client, args.format, args.aggregated, args.out)
+
+
+def _predict(args: argparse.Namespace, rest: list[str]) -> int:
+    from fedmoe import predict
+
+    return predict.run(args.model, args.inputs, args.top, args.json, args.client)
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:

@@ -86,15 +86,19 @@ class Partition:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Model:
-    """The clients' models: a built-in name or `package.module:factory`.
+    """The clients' models: a built-in name, `timm/NAME`, or `package.module:factory`.
 
-    `cnn-1` to `cnn-5` are the paper's: its MNIST-size family for images up to 28 pixels, its CIFAR family above.
+    Built in are the paper's `cnn-1` to `cnn-5`, of its MNIST-size family for images up to 28 pixels and of its CIFAR
+    family above; `resnet-18`, `-34` and `-50`; `vit-tiny`, `-small` and `-base`.
     """
 
     local: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
     """Local models; client i uses entry i mod the number of entries."""
     global_expert: str = "cnn-5"
     """Model whose extractor is the global expert that all clients share."""
+    adapter: Literal["none", "linear"] = "none"
+    """What a client whose local expert is of another width than the global expert puts behind the latter: a private
+    linear layer to its own width, or nothing, which is an error then."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -211,6 +215,9 @@ AUGMENTATIONS = {"none": None, "flip": (0, True), "crop": (4, False), "crop-flip
 
 PARTITIONS = ("pathological", "dirichlet", "iid", "natural")
 """Of `partition.kind`, besides partitioners of flwr-datasets."""
+
+EXPORTS = ("safetensors", "torch.export", "onnx")
+"""Formats that a trained client can be exported in."""
 
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}

@@ -46,9 +46,14 @@ def read(path: Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     try:
-        return _build(Config, content, "")
+        return parse(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def build(content: dict[str, Any]) -> Config:
+    """The configuration that nested tables give, defaults for the rest. Raises UserError for what is wrong in them."""
+    return _build(Config, content, "")
 
 
 def option(word: str) -> str:
@@ -151,6 +156,7 @@ def unused(config: Config) -> dict[str, str]:
     alone = [
         *shared,
         "model.global_expert",
+        "model.adapter",
         "training.theta_momentum",
         "federation.aggregation",
         "evaluation.aggregated",

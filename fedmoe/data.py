@@ -61,6 +61,22 @@ def normalize(images: Tensor, mean: float, std: float) -> Tensor:
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """The image in a file, converted and resized as one of a data set of this shape; uint8 [channels, height, width].
+
+    Raises UserError naming the file and what is wrong with it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        with _quiet(), Image.open(regular(path), formats=FORMATS) as image:
+            return torch.from_numpy(_pixels(image, (width, height), "L" if channels == 1 else "RGB").copy())
+    except Exception as error:  # whatever Pillow's many decoders raise
+        cause = "unknown format" if isinstance(error, UnidentifiedImageError) else line(error)
+        raise UserError(f"{path}: image cannot be decoded ({cause})") from error
+
+
 def _load(config: settings.Data, seed: int) -> Dataset:
     size = config.image_size or (28 if config.name == "digits" else 0)
     parts = _parts(config)
@@ -198,14 +214,17 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{width} x {height} {'gray' if channels == 1 else 'RGB'} pixels"
 
 
-def _pixels(image: "Image.Image", size: int) -> Pixels:
-    """Gray or RGB pixels of an image, resized to `size` pixels square unless 0."""
+def _pixels(image: "Image.Image", size: int | tuple[int, int], mode: str = "") -> Pixels:
+    """Gray or RGB pixels of an image, in `mode` if given, resized to `size` (width, height; or square) unless 0."""
     from PIL.Image import Resampling
 
     if image.mode[0] in "IF":
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
+    if mode and image.mode != mode:
+        image = image.convert(mode)
     if size:
-        image = image.resize((size, size), Resampling.BILINEAR)
+        image = image.resize(size if isinstance(size, tuple) else (size, size), Resampling.BILINEAR)
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+

@@ -1,18 +1,21 @@
-"""The models: the paper's two CNN families, and any factory of the user's as a local model."""
+"""The registry of models: built-in families, timm's, and any factory of the user's; each an extractor and a header."""
 
 import copy
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
+from fedmoe.models import cnn, resnet, timm, vit
+
+FAMILIES = {name: family for family in (cnn, resnet, vit) for name in family.NAMES}
 
 
 class Split(NamedTuple):
@@ -22,83 +25,32 @@ class Split(NamedTuple):
     header: nn.Module  # [B, D] -> [B, C]
 
 
-class Layers(NamedTuple):
-    """Widths of one of the paper's CNNs."""
-
-    conv1: int
-    conv2: int
-    fc1: int
-    fc2: int
-
-
-CIFAR = {
-    "cnn-1": Layers(16, 32, 2000, 500),
-    "cnn-2": Layers(16, 16, 2000, 500),
-    "cnn-3": Layers(16, 32, 1000, 500),
-    "cnn-4": Layers(16, 32, 800, 500),
-    "cnn-5": Layers(16, 32, 500, 500),
-}
-MNIST = {f"cnn-{i}": Layers(20, 20, width, 50) for i, width in enumerate((300, 200, 150, 100, 50), start=1)}
-
-
-class Extractor(nn.Module):
-    """conv5x5, pool2, conv5x5, pool2, fc1, fc2, without padding, ReLU after each (arXiv 2402.01350, section 4).
-
-    The pooling comes before the ReLU: the two commute, and the ReLU then touches a quarter of the elements.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], layers: Layers) -> None:
-        super().__init__()
-        channels, height, width = shape
-        rows, columns = _pooled(height), _pooled(width)
-        self.conv1 = nn.Conv2d(channels, layers.conv1, 5)
-        self.conv2 = nn.Conv2d(layers.conv1, layers.conv2, 5)
-        self.fc1 = nn.Linear(layers.conv2 * rows * columns, layers.fc1)
-        self.fc2 = nn.Linear(layers.fc1, layers.fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, height, width] -> [B, D]."""
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        x = F.relu(self.fc1(x.flatten(1)))
-        return F.relu(self.fc2(x))
-
-
-def _pooled(side: int) -> int:
-    """Side of the feature map after both convolutions and poolings."""
-    return ((side - 4) // 2 - 4) // 2
-
-
 def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
-    """The model called `name` for images of `shape` (channels, height, width).
+    """The untrained model called `name` for images of `shape` (channels, height, width).
 
-    `cnn-1` to `cnn-5` are the paper's, of its MNIST-size family up to 28 pixels and of its CIFAR family above.
-    `package.module:factory` is called as `factory(shape, classes)` and returns an (extractor, header) pair or a module
-    with those two attributes. Raises UserError for an unknown name, a factory that cannot be imported or whose model
-    does not fit.
+    It is one of the families', or one of timm's as `timm/NAME`. `package.module:factory` is called as
+    `factory(shape, classes)` and returns an (extractor, header) pair or a module with those two attributes.
+    Raises UserError for an unknown name, a factory that cannot be imported, or a model that does not fit.
     """
-    if ":" in name:
-        factory = _factory(name)
-        try:
-            # A copy: a factory that hands out one object again and again would have clients share their weights.
-            made = copy.deepcopy(factory(shape, classes))
-        except (Exception, SystemExit) as error:  # whatever a user's factory raises
-            raise UserError(f"model {name!r} cannot be made for images of {list(shape)}: {reason(error)}") from error
-        return _checked(name, made, shape, classes)
     check_name(name)
-    family = MNIST if max(shape[1:]) <= 28 else CIFAR
-    if min(shape[1:]) < 16:
-        raise UserError(
-            f"model {name!r} needs images of at least 16x16 pixels, not {shape[1]}x{shape[2]}: set data.image_size"
-        )
-    layers = family[name]
-    return Split(Extractor(shape, layers), nn.Linear(layers.fc2, classes))
+    if name in FAMILIES:
+        return Split(*FAMILIES[name].make(name, shape, classes))
+    make: Callable[[tuple[int, int, int], int], object]
+    make = partial(timm.make, name) if name.startswith(timm.PREFIX) else _factory(name)
+    try:
+        # A copy: a factory that hands out one object again and again would have clients share their weights.
+        made = copy.deepcopy(make(shape, classes))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's factory, or timm, raises
+        raise UserError(f"model {name!r} cannot be made for images of {list(shape)}: {reason(error)}") from error
+    return _checked(name, made, shape, classes)
 
 
 def check_name(name: str) -> None:
     """Raise UserError for what cannot be the name of a model."""
-    if ":" not in name and name not in CIFAR:
-        raise UserError(f"model {name!r} is none of {', '.join(CIFAR)}, nor `package.module:factory`")
+    if name not in FAMILIES and ":" not in name and not name.startswith(timm.PREFIX):
+        raise UserError(f"model {name!r} is none of {', '.join(FAMILIES)}, nor `timm/NAME` or `package.module:factory`")
 
 
 def width(extractor: nn.Module, shape: tuple[int, int, int]) -> int:

@@ -1,6 +1,8 @@
 """Writing files so that a kill or a full disk at any moment leaves the old content or the new, never a mixture."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,36 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill within the block; at its end it is `path`, on disk, all at once, or if that raises, nothing.
+
+    Raises FileExistsError where `path` is there and is not an empty folder, and other OSErrors, each naming a file.
+    """
+    path = path.absolute()  # "." has no name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with naming(file), file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(temporary)
+        temporary.chmod(0o777 & ~_umask())  # made for its owner alone
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """The bits that new files are made without; there is no other way to ask."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def sync_folder(folder: Path) -> None:

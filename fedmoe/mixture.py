@@ -36,32 +36,46 @@ class StaticGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> logits [B, 2]."""
-        return self.logits.expand(len(x), 2)
+        return self.logits.expand(x.shape[0], 2)
 
 
 class Mixture(nn.Module):
     """One client's model (arXiv 2402.01350, section 3): R = a_g global(x) + a_l local(x), logits = header(R).
 
-    With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`. `head` is as
-    in the configuration (`engine.head`).
+    With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`. An `adapter`,
+    as private as the gate, makes a representation of the local expert's width of the global expert's. `head` is as in
+    the configuration (`engine.head`).
     """
 
     def __init__(
-        self, global_expert: nn.Module | None, local: experts.Split, gate: nn.Module | None, head: str = "plain"
+        self,
+        global_expert: nn.Module | None,
+        local: experts.Split,
+        gate: nn.Module | None,
+        head: str = "plain",
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.head = head
         assert (global_expert is None) == (gate is None)
         if global_expert is not None and gate is not None:
             self.global_expert = global_expert
+            if adapter is not None:
+                self.adapter = adapter
             self.gate = gate
         self.local_expert = local.extractor
         self.header = local.header
 
     def branches(self) -> Mapping[str, Branch]:
         """The parts that depend on the input alone."""
-        names = {"global": "global_expert", "local": "local_expert", "gate": "gate"}
-        return {branch: child for branch, name in names.items() if (child := getattr(self, name, None)) is not None}
+        if not hasattr(self, SHARED):
+            return {"local": self.local_expert}
+        shared = self._adapted if hasattr(self, "adapter") else self.global_expert
+        return {"global": shared, "local": self.local_expert, "gate": self.gate}
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        out: Tensor = self.adapter(self.global_expert(x))
+        return out
 
     def logits(self, outputs: Outputs) -> Tensor:
         """Branch outputs -> logits [B, C]."""
@@ -111,7 +125,7 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
     """Client `client`'s untrained mixture for images of `shape` (channels, height, width).
 
     Every part has a seed of its own, so the controls start from the same local model; the global expert's is the same
-    for all clients. Raises UserError where the experts' representations differ in width.
+    for all clients. Raises UserError where the experts' representations differ in width and no adapter is wanted.
     """
     name = config.model.local[client % len(config.model.local)]
     local = _seeded(config.seed, "init/local", client, lambda: experts.build(name, shape, classes))
@@ -119,16 +133,20 @@ def build(config: Config, client: int, shape: tuple[int, int, int], classes: int
         return Mixture(None, local, None, _head(config))
     shared = build_global(config, shape, classes)
     ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
+    adapter = None
     if ours != theirs:
-        raise UserError(
-            f"local model {name!r} represents an image in {ours} numbers, global expert "
-            f"{config.model.global_expert!r} in {theirs}: both must be equal; change model.local or model.global_expert"
-        )
+        if config.model.adapter == "none":
+            raise UserError(
+                f"local model {name!r} represents an image in {ours} numbers, global expert "
+                f"{config.model.global_expert!r} in {theirs}: both must be equal; change model.local or "
+                'model.global_expert, or set model.adapter to "linear"'
+            )
+        adapter = _seeded(config.seed, "init/adapter", client, lambda: nn.Linear(theirs, ours))
     gate: nn.Module = StaticGate(config.static_weight)
     if config.method == "fedmoe":
         features = math.prod(shape)
         gate = _seeded(config.seed, "init/gate", client, lambda: Gate(features, config.gate.hidden, config.gate.norm))
-    return Mixture(shared, local, gate, _head(config))
+    return Mixture(shared, local, gate, _head(config), adapter)
 
 
 def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:

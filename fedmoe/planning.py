@@ -96,6 +96,9 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
         mixture.rehearse(config, model, shape(dataset), classes, batch, f"model {name!r}, client {smallest}")
+    unused = not any(hasattr(model, "adapter") for model in made.values())
+    if config.model.adapter != "none" and config.method != "local" and unused:
+        warn(f"model.adapter = {config.model.adapter} has no effect where all experts are of one width")
     return made
 
 

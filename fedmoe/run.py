@@ -142,6 +142,19 @@ def write_report(run: Path, out: Path | None, target: float | None, profile: Pat
     Output().print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def reading(run: Path) -> Iterator[Config]:
+    """A run to read from on the CPU, as it was left: for as long as the block lasts, nobody writes to it.
+
+    Raises UserError where it is in use, or not as it was left; checkpoint files are checked when they are loaded.
+    """
+    config = _open(run)
+    config = replace(config, run=replace(config.run, device="cpu"))
+    with locked(run, fcntl.LOCK_SH):
+        _restore(config, run, whole=False)
+        yield config
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """What a bit-identical repetition depends on besides the configuration."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
@@ -208,10 +221,11 @@ def _open(run: Path) -> Config:
     return config
 
 
-def _restore(config: Config, run: Path) -> torch.device:
+def _restore(config: Config, run: Path, whole: bool = True) -> torch.device:
     """The device, with the threads the run began with. Warns of versions that differ.
 
-    Raises UserError where the run is not as it was left: configuration, data, partition, any file of the checkpoint.
+    Raises UserError where the run is not as it was left: configuration, data, partition, and, of a `whole` run, any
+    file of the checkpoint.
     """
     path = run / "environment.json"
     try:
@@ -244,7 +258,7 @@ def _restore(config: Config, run: Path) -> torch.device:
     if wrong := [client for client in manifest.clients if client >= config.federation.clients]:
         last = config.federation.clients - 1
         raise UserError(f"{run / 'checkpoints/manifest.json'}: names client {wrong[0]}, the last is {last}: restore it")
-    for entry in [manifest.server, *manifest.clients.values()]:
+    for entry in [manifest.server, *manifest.clients.values()] if whole else []:
         checkpoint.load(run, entry)
     return device
 

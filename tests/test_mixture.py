@@ -153,10 +153,40 @@ def test_theta_goes_in_as_it_came_out_and_is_a_copy() -> None:
 
 def test_experts_of_different_width_are_refused_in_one_line() -> None:
     narrow = Model(local=("cnn-1", f"{__name__}:make_narrow"))
-    with pytest.raises(
-        UserError, match=r"make_narrow' represents an image in 32 numbers, .*'cnn-5' in 50: both must be equal"
-    ):
+    line = r"make_narrow' represents an image in 32 numbers, .*'cnn-5' in 50: .*, or set model.adapter to \"linear\"$"
+    with pytest.raises(UserError, match=line):
         made(1, model=narrow)
+
+
+NARROW = Model(local=("cnn-1", f"{__name__}:make_narrow"), adapter="linear")
+
+
+def test_an_adapter_brings_the_global_expert_to_the_local_width() -> None:
+    torch.manual_seed(0)
+    m, x = made(1, model=NARROW), torch.randn(6, *SHAPE)
+    assert m.adapter.weight.shape == (32, 50)
+    shared, weights = m.adapter(m.global_expert(x)), m.weights(x)
+    torch.testing.assert_close(m(x), m.header(weights[:, :1] * shared + weights[:, 1:] * m.local_expert(x)))
+    torch.testing.assert_close(m.program().branches["global"](x), shared)
+    m.join(m.program().run(x), torch.arange(6))[0].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in m.parameters())
+
+
+def test_an_adapter_is_private_and_seeded_by_itself() -> None:
+    with_one, without = made(1, model=NARROW), made(1, method="local", model=NARROW)
+    assert with_one.program().segments == {
+        "theta": ("global_expert",),
+        "private": ("adapter", "gate", "local_expert", "header"),
+    }
+    assert mixture.schema(with_one.global_expert) == mixture.schema(made(0).global_expert)
+    assert torch.equal(flat(with_one.local_expert), flat(without.local_expert))
+    assert torch.equal(flat(with_one.gate), flat(made(1).gate))
+    for other in (made(3, model=NARROW), made(1, model=NARROW, seed=1)):
+        assert not torch.equal(flat(with_one.adapter), flat(other.adapter))
+
+
+def test_experts_of_equal_width_get_no_adapter() -> None:
+    assert not hasattr(made(0, model=NARROW), "adapter")
 
 
 def test_schema_violations_name_what_is_wrong() -> None:

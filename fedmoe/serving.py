@@ -1,0 +1,178 @@
+"""A trained client as a model to use, from a run or an export: images in, class probabilities and gate weights out."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe import __version__, checkpoint, configfile, experts, mixture
+from fedmoe.checkpoint import Entry
+from fedmoe.client import load_data, open_client
+from fedmoe.config import Config
+from fedmoe.data import normalize
+from fedmoe.errors import UserError
+from fedmoe.mixture import Mixture
+from fedmoe.run import reading
+
+FORMAT = 1
+CARD = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+class Serving(nn.Module):
+    """A mixture in evaluation, normalization included."""
+
+    alone: Tensor
+
+    def __init__(self, model: Mixture, mean: float, std: float) -> None:
+        super().__init__()
+        model.head = "plain"
+        self.model, self.mean, self.std = model.eval(), mean, std
+        self.register_buffer("alone", torch.tensor([0.0, 1.0]), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, channels, height, width] -> (class probabilities [N, C], weights [N, 2], order [global, local]).
+
+        Of a local model alone the weights are 0 and 1.
+        """
+        program = self.model.program()
+        outputs = program.run(normalize(images, self.mean, self.std))
+        gate = outputs.get("gate")
+        weights = self.alone.expand(images.shape[0], 2) if gate is None else gate.softmax(dim=1)
+        return program.logits(outputs).softmax(dim=1), weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """What a served model is; `config.json` of an export."""
+
+    client: int
+    round: int
+    """After which it was taken."""
+    theta: Literal["own", "aggregated", "none"]
+    """The global expert: the client's, as trained by it, or the server's."""
+    shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    classes: tuple[str, ...]
+    width: int
+    """D."""
+    config: Config
+    """Method, models, gate and normalization, as the run has them; of the local models the client's alone."""
+    weights: Entry | None = None
+    """The file with the tensors, if there is one."""
+
+    def to_json(self) -> str:
+        """As `read` takes it."""
+        c = self.config
+        kept = {
+            "method": c.method,
+            "static_weight": c.static_weight,
+            "model": dataclasses.asdict(c.model),
+            "gate": dataclasses.asdict(c.gate),
+            "data": {"mean": c.data.mean, "std": c.data.std},
+        }
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content = {"format": FORMAT, "fedmoe": __version__} | fields | {"config": kept}
+        return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Card":
+        """Of the export in `folder`. Raises UserError naming the file and what is wrong in it."""
+        path = folder / CARD
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            if (found := content.pop("format")) != FORMAT:
+                raise UserError(f"format {found}, this version reads {FORMAT}: use the version that wrote it")
+            del content["fedmoe"]
+            config = configfile.build(content.pop("config"))
+            configfile.check(config)
+            weights = content.pop("weights")
+            card = cls(config=config, weights=weights and Entry(**weights), **content)
+            channels, height, width = card.shape
+            numbers = [channels, height, width, card.client, card.round]
+            if not all(type(n) is int and n >= 0 for n in numbers) or min(numbers[:3]) < 1:
+                raise ValueError(f"shape {card.shape}, client {card.client}, round {card.round}")
+            if not card.classes or not all(isinstance(name, str) for name in card.classes):
+                raise ValueError("classes are not names")
+            if card.weights and card.weights.file != WEIGHTS:
+                raise ValueError(f"weights in {card.weights.file!r}")
+            return dataclasses.replace(card, shape=(channels, height, width), classes=tuple(card.classes))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: does not describe an export ({what}): export it again") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model to use, and what it is."""
+
+    card: Card
+    model: Serving
+
+
+def from_run(run: Path, client: int, aggregated: bool = False) -> Served:
+    """Client `client` as the run's last checkpoint has it, `aggregated`: with the server's theta in place of its own.
+
+    Raises UserError where there is no such client, it has not trained yet, or the run is not as it was left.
+    """
+    with reading(run) as config:
+        n = config.federation.clients
+        if not 0 <= client < n:
+            raise UserError(f"there is no client {client}: the run has clients 0 to {n - 1}")
+        manifest = checkpoint.read_manifest(run)
+        if client not in manifest.clients:
+            one = next(iter(manifest.clients), None)
+            others = "nobody has" if one is None else f"others have, such as client {one}"
+            raise UserError(f"client {client} has not trained in {manifest.round} rounds, {others}: train on")
+        opened = open_client(config, client, run, torch.device("cpu"))
+        if aggregated:
+            if opened.global_expert is None:
+                raise UserError('there is nothing aggregated with method = "local": leave --aggregated out')
+            mixture.unpack(checkpoint.load(run, manifest.server), mixture.theta_tensors(opened.global_expert))
+        classes = load_data(config.data, config.seed).classes
+    _, channels, height, width = opened.images.shape
+    own = dataclasses.replace(config.model, local=(opened.model,))
+    theta: Literal["own", "aggregated", "none"] = "aggregated" if aggregated else "own"
+    card = Card(
+        client=client,
+        round=manifest.round,
+        theta="none" if opened.global_expert is None else theta,
+        shape=(channels, height, width),
+        classes=classes,
+        width=experts.width(opened.mixture.local_expert, (channels, height, width)),
+        config=dataclasses.replace(config, model=own),
+    )
+    return Served(card, Serving(opened.mixture, config.data.mean, config.data.std))
+
+
+def from_export(folder: Path) -> Served:
+    """The model of the export in `folder`. Raises UserError naming the file and what is wrong with it."""
+    card = Card.read(folder)
+    if card.weights is None:
+        raise UserError(f"{folder} has no {WEIGHTS}: export it again with --format safetensors among others")
+    state = checkpoint.read_state(folder, card.weights, CARD)
+    model = mixture.build(card.config, 0, card.shape, len(card.classes))
+    ours = {name: (t.dtype, list(t.shape)) for name, t in tensors(model).items()}
+    theirs = {name: (t.dtype, list(t.shape)) for name, t in state.items()}
+    if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        has, wants = (_described(kind.get(odd[0])) for kind in (theirs, ours))
+        raise UserError(f"{folder / WEIGHTS}: tensor {odd[0]!r} is {has}, its models have {wants}: export it again")
+    with torch.no_grad():
+        for name, tensor in tensors(model).items():
+            tensor.copy_(state[name])
+    return Served(card, Serving(model, card.config.data.mean, card.config.data.std))
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model is, by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _described(kind: Any) -> str:
+    return "missing" if kind is None else f"{kind[0]} {kind[1]}"
