@@ -10,6 +10,7 @@ from fedmoe import __version__
 project = "FedMoE"
 version = release = __version__
 extensions = ["myst_parser"]
+myst_enable_extensions = ["deflist"]
 source_suffix = {".md": "markdown"}
 root_doc = "index"
 myst_heading_anchors = 3
@@ -28,9 +29,9 @@ def _add(app: Sphinx, name: str, source: list[str]) -> None:
     """Give the index its tree of pages, in the order of its lists, and the configuration its reference."""
     if name == root_doc:
         for heading, text in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", source[0], re.MULTILINE | re.DOTALL):
-            if pages := re.findall(r"^- \[.+?\]\((.+?)\.md\)", text, re.MULTILINE):
-                tree = "\n".join(["```{toctree}", ":hidden:", f":caption: {heading}", *pages, "```"])
-                source[0] += f"\n{tree}\n"
+            if pages := re.findall(r"^- \[(.+?)\]\((.+?)\.md\)", text, re.MULTILINE):
+                tree = "\n".join(f"{title} <{page}>" for title, page in pages)
+                source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{tree}\n```\n"
     elif name == "configuration":
         source[0] += "\n" + reference()
 

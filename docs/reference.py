@@ -1,4 +1,4 @@
-"""The configuration reference: a table for each section, made from the dataclasses that hold the configuration."""
+"""The configuration reference: a list for each section, made from the dataclasses that hold the configuration."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -19,14 +19,16 @@ NAMES: dict[Any, str] = {
 
 def reference() -> str:
     """Markdown of every section and field of the configuration."""
-    sections = [field for field in fields(Config) if is_dataclass(field.default_factory)]
-    parts = ["## Without a section", _table(Config)]
-    for section in sections:
-        assert isinstance(section.default_factory, type)
-        about = section.default_factory.__doc__ or ""
-        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in about.split("\n\n"))
-        parts += [f"## {section.name}", text, _table(section.default_factory)]
+    parts = ["## Without a section", _list(Config)]
+    for name, section in sections().items():
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in (section.__doc__ or "").split("\n\n"))
+        parts += [f"## {name}", text, _list(section)]
     return "\n\n".join(parts) + "\n"
+
+
+def sections() -> dict[str, type]:
+    """The sections of the configuration by name."""
+    return {name: hint for name, hint in get_type_hints(Config).items() if is_dataclass(hint)}
 
 
 def documented(section: type) -> dict[str, str]:
@@ -34,17 +36,14 @@ def documented(section: type) -> dict[str, str]:
     return {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(section).params}
 
 
-def _table(section: type) -> str:
+def _list(section: type) -> str:
     hints, texts, default = get_type_hints(section), documented(section), section()
-    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    entries = []
     for field in fields(section):
-        hint = hints[field.name]
-        if is_dataclass(hint):
-            continue
-        value = json.dumps(getattr(default, field.name))  # of these types TOML writes the same
-        cells = f"`{field.name}`", _kind(hint), f"`{value}`", texts[field.name]
-        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(rows)
+        if not is_dataclass(hints[field.name]):
+            value = json.dumps(getattr(default, field.name))  # of these types TOML writes the same
+            entries.append(f"`{field.name}`: {_kind(hints[field.name])}; default `{value}`\n: {texts[field.name]}")
+    return "\n\n".join(entries)
 
 
 def _kind(hint: Any) -> str:
