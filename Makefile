@@ -11,7 +11,7 @@ venv := .venv/bin/python
 pip := $(venv) -m pip --disable-pip-version-check -qq
 sources := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -27,6 +27,10 @@ lint: .venv/.installed  ## style, types and the direction of imports
 	@$(venv) -m ruff format --check .
 	@$(venv) -m mypy
 	@.venv/bin/lint-imports
+
+docs: .venv/.docs  ## build the documentation into build/docs
+	@$(venv) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 clean:  ## remove the environment and everything built (runs/ stays)
 	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
@@ -48,4 +52,9 @@ clean:  ## remove the environment and everything built (runs/ stays)
 .venv/.installed: .venv/.torch $(sources)
 	@echo "Building and installing fedmoe"
 	@$(pip) install --editable '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	@echo "Installing what builds the documentation"
+	@$(pip) install --editable '.[docs]'
 	@touch $@

@@ -40,7 +40,7 @@ def run(
     start = time.monotonic()
     files = _files(checkout / "tests" / "bench", suite)
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise UserError("fedmoe bench needs pytest-benchmark: pip install '.[bench]'")
+        raise UserError("fedmoe bench needs pytest-benchmark: pip install --editable '.[bench]'")
     if budget is not None and not 0 < budget <= LONGEST:
         raise UsageError(f"--budget-seconds is {budget:g}, must be more than 0 and at most {LONGEST:g}, a day")
     for path in (as_json, as_markdown):  # before the minutes, not after

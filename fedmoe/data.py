@@ -227,4 +227,3 @@ def _pixels(image: "Image.Image", size: int | tuple[int, int], mode: str = "") -
     if size:
         image = image.resize(size if isinstance(size, tuple) else (size, size), Resampling.BILINEAR)
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-

@@ -506,7 +506,7 @@ def test_what_cannot_be_run_is_one_line(
         with pytest.raises(UserError, match=r"code 4: .*error: unrecognized arguments: --no-such-option$"):
             bench.run("sample", "", None, None, checkout)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^fedmoe bench needs pytest-benchmark: pip install '.\[bench\]'$"):
+    with pytest.raises(UserError, match=r"^fedmoe bench needs pytest-benchmark: pip install --editable '.\[bench\]'$"):
         bench.run("sample", "", None, None, checkout)
 
 
