@@ -10,6 +10,7 @@ from fedmoe.config import Config
 
 NAMES: dict[Any, str] = {
     bool: "true or false",
+    dict[str, Any]: "table",
     float: "number",
     int: "integer",
     str: "string",

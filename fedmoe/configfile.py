@@ -46,7 +46,7 @@ def read(path: Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
     try:
-        return parse(content)
+        return build(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

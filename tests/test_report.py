@@ -220,7 +220,7 @@ def test_gates_that_are_not_finite_are_not_drawn(
     nan = torch.full((4, 2), torch.nan)
     monkeypatch.setattr(insight, "_outputs", lambda client: ({"gate": nan, "local": nan}, torch.zeros(4).long()))
     with run.started(config, tmp_path / "a") as (made, device):
-        run._finish(made, tmp_path / "a", device)
+        run._finish(made, tmp_path / "a", device, None)
         report.write(made, tmp_path / "a", device)
     page = shown(tmp_path / "a/report.html")
     assert not {"gate", "representations"} & set(page.sections) and "nan" not in page.words
