@@ -19,6 +19,11 @@ from fedmoe.federation import Federation
 from fedmoe.server import Server
 
 
+FLIP = 2e-3
+"""Of momentum: where a maximum or a ReLU is decided by a rounding, one way takes another than the other does. One such
+flip made 7e-4 of it, on some processors; weight decay left out makes 1e-2, and all else that may be wrong more."""
+
+
 class Outcome(NamedTuple):
     """All that a run of rounds gives."""
 
@@ -86,8 +91,8 @@ def assert_close(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
             if not tensor.is_floating_point():
                 assert torch.equal(mine[name], tensor), (client, name)
         # As a whole: what has no gradient but roundings, as a bias before batch normalization, differs at will.
-        for kind, more in (("model", 1), ("momentum", 10)):
-            assert apart(_whole(mine, kind), _whole(state, kind)) <= more * tolerance, (client, kind)
+        for kind, most in (("model", tolerance), ("momentum", max(10 * tolerance, FLIP))):
+            assert apart(_whole(mine, kind), _whole(state, kind)) <= most, (client, kind)
 
 
 def assert_same(ours: Outcome, theirs: Outcome) -> None:
