@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 import tyro
 
-from fedmoe.config import Config, gate_norms
+from fedmoe.config import Config, gate_norms, per_round, trimmed
 from fedmoe.errors import UsageError, UserError
 
 C = TypeVar("C")
@@ -32,6 +32,7 @@ LARGEST = {
 FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"} | {
     f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")
 }
+FROM_0 |= {f"server.{name}" for name in ("trim", "clip_norm", "byzantine", "chosen")}
 """Numbers that may be 0; all others but `data.mean` must be more."""
 
 
@@ -117,22 +118,51 @@ def check(config: Config) -> None:
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a folder of parquet files, or a data set's name")
     gate_norms(config.gate.norm)
+    _check_server(config)
+
+
+def _check_server(config: Config) -> None:
+    s, k = config.server, per_round(config)
+    if s.trim >= 0.5:
+        raise UserError(f"server.trim is {s.trim}, must be less than 0.5: some must be left")
+    if s.aggregation == "trimmed_mean" and trimmed(s.trim, k) == 0:
+        raise UserError(
+            f"server.trim is {s.trim}, which is none of the {k} clients of a round: set at least {1 / k:.2g}"
+        )
+    if s.aggregation in ("krum", "multi_krum") and k < (least := 2 * s.byzantine + 3):
+        raise UserError(
+            f'server.aggregation = "{s.aggregation}" with server.byzantine = {s.byzantine} needs {least} clients a '
+            f"round, federation.clients and federation.fraction give {k}"
+        )
+    if s.aggregation == "multi_krum" and s.chosen > k:
+        raise UserError(f"server.chosen is {s.chosen}, must be at most the {k} clients of a round")
 
 
 def ignored(config: Config) -> list[str]:
     """A line for every field that was set but has no effect in this configuration."""
     c, defaults = config, flat(Config())
     shared = ["gate.norm", "gate.hidden"]
+    of_server = [name for name in defaults if name.startswith("server.")]
+    used = {
+        "trimmed_mean": ["trim"],
+        "clipped_mean": ["clip_norm", *(["clip_factor"] if not c.server.clip_norm else [])],
+        "krum": ["byzantine"],
+        "multi_krum": ["byzantine", "chosen"],
+    }.get(c.server.aggregation, [])
+    clipped = c.server.aggregation == "clipped_mean" and c.server.clip_norm
     alone = [
         *shared,
         "model.global_expert",
         "training.theta_momentum",
-        "federation.aggregation",
+        *of_server,
         "evaluation.aggregated",
     ]
     unused = {
         f'method = "{c.method}"': {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[
             c.method
+        ],
+        f"server.clip_norm = {c.server.clip_norm}" if clipped else f'server.aggregation = "{c.server.aggregation}"': [
+            name for name in of_server if name not in ("server.aggregation", *(f"server.{field}" for field in used))
         ],
         f'partition.kind = "{c.partition.kind}"': {
             "pathological": ["partition.alpha"],

@@ -55,7 +55,7 @@ def rounds(
     out = Outcome([], [], [], {})
     for r in range(first, first + number):
         results = list(engine.run("train", server.jobs(r)))
-        server.theta = server.average(results)
+        server.theta = server.aggregate(results)
         evaluations = [Job(client, r, {}) for client in range(config.federation.clients)]
         evaluations += [replace(job, payload=server.theta) for job in evaluations]
         out.evaluated.extend(engine.run("evaluate", evaluations))
