@@ -1,4 +1,4 @@
-"""Every command that the README and the guide show works as shown."""
+"""Every command that the pages show works as shown."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/aggregation.md"])
 def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for block in blocks(page, "python") + blocks(page, "toml"):
@@ -40,7 +40,7 @@ def test_commands_run_as_shown(tmp_path: Path, page: str) -> None:
             assert done_.returncode == 0 and "test_scale twice" in done_.stdout, done_.stdout + done_.stderr
         else:  # the two commands of a fresh machine, and entering their environment
             assert program in ("make", ".")
-    assert ran >= 3
+    assert ran
 
 
 def test_readme_names_every_command_and_no_other() -> None:
