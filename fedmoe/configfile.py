@@ -126,9 +126,9 @@ def _check_server(config: Config) -> None:
     if s.trim >= 0.5:
         raise UserError(f"server.trim is {s.trim}, must be less than 0.5: some must be left")
     if s.aggregation == "trimmed_mean" and trimmed(s.trim, k) == 0:
-        raise UserError(
-            f"server.trim is {s.trim}, which is none of the {k} clients of a round: set at least {1 / k:.2g}"
-        )
+        # Rounded up, so that it is enough.
+        advice = f"set at least {math.ceil(1e4 / k) / 1e4}" if k > 2 else "have 3 or more"
+        raise UserError(f"server.trim is {s.trim}, which is none of the {k} clients of a round: {advice}")
     if s.aggregation in ("krum", "multi_krum") and k < (least := 2 * s.byzantine + 3):
         raise UserError(
             f'server.aggregation = "{s.aggregation}" with server.byzantine = {s.byzantine} needs {least} clients a '

@@ -189,6 +189,19 @@ def test_rules_that_cannot_work_are_refused(server: dict[str, object], complaint
         check(changed(Config(), server=server))
 
 
+def test_advice_on_trim_can_be_followed() -> None:
+    for clients in range(1, 40):
+        federation, rule = {"clients": clients}, {"aggregation": "trimmed_mean", "trim": 0.0}
+        with pytest.raises(UserError) as caught:
+            check(changed(Config(), federation=federation, server=rule))
+        advice = str(caught.value).rpartition(": ")[2]
+        if clients < 3:
+            assert advice == "have 3 or more"
+        else:
+            rule["trim"] = float(advice.removeprefix("set at least "))
+            check(changed(Config(), federation=federation, server=rule))
+
+
 def test_rules_that_just_work_are_not_refused() -> None:
     for server in ({"aggregation": "krum", "byzantine": 3}, {"aggregation": "trimmed_mean", "trim": 0.1}):
         check(changed(Config(), server=server))
