@@ -11,16 +11,20 @@ venv := .venv/bin/python
 pip := $(venv) -m pip --disable-pip-version-check -qq
 sources := pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-all lint docs clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: .venv/.installed  ## train a federation on embedded data
 	@.venv/bin/fedmoe train configs/demo.toml
 
 test: lint  ## lint, then all tests
 	@FEDMOE_REQUIRE_NATIVE=1 $(venv) -m pytest --numprocesses auto --dist loadfile
+
+test-all: test  ## test, then the C++ unit tests under sanitizers, and a long fuzz of the extension
+	@for preset in plain address undefined thread; do cmake --workflow --preset $$preset || exit 1; done
+	@FEDMOE_FUZZ=5000 $(venv) -m pytest tests/test_native.py
 
 lint: .venv/.installed  ## style, types and the direction of imports
 	@$(venv) -m ruff check .

@@ -1,5 +1,6 @@
 """The configuration: what can be set, its documentation and its defaults. Imports neither torch nor the method."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class Run:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Federation:
-    """Who takes part and how their updates are averaged."""
+    """Who takes part, and for how long."""
 
     clients: int = 10
     """Number of clients, N."""
@@ -34,8 +35,26 @@ class Federation:
     """Communication rounds to train."""
     epochs: int = 1
     """Local epochs per round, E."""
-    aggregation: Literal["weighted", "uniform"] = "weighted"
-    """Weights of the average: training samples of each client, or equal."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Server:
+    """How one global expert is made of those that a round's clients return. docs/aggregation.md has the formulas."""
+
+    aggregation: Literal["mean", "uniform", "median", "trimmed_mean", "clipped_mean", "krum", "multi_krum"] = "mean"
+    """`mean`: weighted by the training samples of each client; `uniform`: with equal weights. Robust against bad
+    clients: `median` and `trimmed_mean` of each coordinate; `clipped_mean`: the mean of updates of limited norm;
+    `krum`: the one that has the nearest neighbours; `multi_krum`: the uniform mean of several such."""
+    trim: float = 0.1
+    """Share of the round's clients left out on either side of each coordinate (trimmed_mean)."""
+    clip_norm: float = 0.0
+    """Largest norm of an update; 0 takes `clip_factor` times the median norm of the round (clipped_mean)."""
+    clip_factor: float = 1.0
+    """Largest norm of an update, as a multiple of the median norm of the round (clipped_mean)."""
+    byzantine: int = 1
+    """Number f of a round's clients that may be bad; a round needs 2 f + 3 clients (krum, multi_krum)."""
+    chosen: int = 0
+    """Number of updates that are averaged; 0 takes all but `byzantine` (multi_krum)."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -200,6 +219,7 @@ class Config:
     """Weight of the global expert with `method = "static"`; the local expert has the rest."""
     run: Run = field(default_factory=Run)
     federation: Federation = field(default_factory=Federation)
+    server: Server = field(default_factory=Server)
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
     model: Model = field(default_factory=Model)
@@ -218,6 +238,17 @@ PARTITIONS = ("pathological", "dirichlet", "iid", "natural")
 
 EXPORTS = ("safetensors", "torch.export", "onnx")
 """Formats that a trained client can be exported in."""
+
+
+def per_round(config: Config) -> int:
+    """K, the number of clients in a round."""
+    return max(1, round(config.federation.fraction * config.federation.clients))
+
+
+def trimmed(share: float, clients: int) -> int:
+    """How many of a round's clients `server.trim` leaves out on either side."""
+    return math.floor(share * clients + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
 
 NORMS = ("switch", "layer", "batch", "none")
 NORM_PRESETS = {"none": "none-none-none", "paper": "switch-batch-batch"}

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 import tyro
 
-from fedmoe.config import PARTITIONS, Config, gate_norms
+from fedmoe.config import PARTITIONS, Config, gate_norms, per_round, trimmed
 from fedmoe.errors import UsageError, UserError
 
 C = TypeVar("C")
@@ -34,6 +34,7 @@ LARGEST = {
 FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"} | {
     f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")
 }
+FROM_0 |= {f"server.{name}" for name in ("trim", "clip_norm", "byzantine", "chosen")}
 """Numbers that may be 0; all others but `data.mean` must be more."""
 
 
@@ -148,21 +149,48 @@ def check(config: Config) -> None:
     if kind == "natural" and not column:
         raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
     gate_norms(config.gate.norm)
+    _check_server(config)
+
+
+def _check_server(config: Config) -> None:
+    s, k = config.server, per_round(config)
+    if s.trim >= 0.5:
+        raise UserError(f"server.trim is {s.trim}, must be less than 0.5: some must be left")
+    if s.aggregation == "trimmed_mean" and trimmed(s.trim, k) == 0:
+        # Rounded up, so that it is enough.
+        advice = f"set at least {math.ceil(1e4 / k) / 1e4}" if k > 2 else "have 3 or more"
+        raise UserError(f"server.trim is {s.trim}, which is none of the {k} clients of a round: {advice}")
+    if s.aggregation in ("krum", "multi_krum") and k < (least := 2 * s.byzantine + 3):
+        raise UserError(
+            f'server.aggregation = "{s.aggregation}" with server.byzantine = {s.byzantine} needs {least} clients a '
+            f"round, federation.clients and federation.fraction give {k}"
+        )
+    if s.aggregation == "multi_krum" and s.chosen > k:
+        raise UserError(f"server.chosen is {s.chosen}, must be at most the {k} clients of a round")
 
 
 def unused(config: Config) -> dict[str, str]:
     """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
     shared, shares = ["gate.norm", "gate.hidden"], ["partition.alpha", "partition.classes_per_client"]
+    server, of_server = config.server, [f"server.{field.name}" for field in dataclasses.fields(config.server)]
+    used = {
+        "trimmed_mean": ["trim"],
+        "clipped_mean": ["clip_norm", "clip_factor"],
+        "krum": ["byzantine"],
+        "multi_krum": ["byzantine", "chosen"],
+    }.get(server.aggregation, [])
     alone = [
         *shared,
         "model.global_expert",
         "model.adapter",
         "training.theta_momentum",
-        "federation.aggregation",
+        *of_server,
         "evaluation.aggregated",
     ]
     without = {
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
+        "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
+        "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
         "partition.kind": {
             "pathological": ["partition.alpha", "partition.column", "partition.options"],
             "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],
@@ -175,7 +203,7 @@ def unused(config: Config) -> dict[str, str]:
         }[config.engine.kind],
     }
     values = flat(config)
-    return {name: f'{cause} = "{values[cause]}"' for cause, names in without.items() for name in names}
+    return {name: f"{cause} = {json.dumps(values[cause])}" for cause, names in without.items() for name in names}
 
 
 def ignored(config: Config) -> list[str]:

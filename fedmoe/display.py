@@ -91,6 +91,10 @@ class Display:
                 self._say(
                     f"round {number}: client {client} rolled back and left out: its loss or a weight is not finite"
                 )
+            for client, reason in line["rejected"].items():
+                self._say(f"round {number}: client {client} rejected and left out: {reason}")
+            if "kept" in line:
+                self._say(f"round {number}: the global expert stays as it is: {line['kept']}")
             for client, parts in line.get("parts", {}).items():
                 if self._parts.get(client) != parts:
                     self._parts[client] = parts

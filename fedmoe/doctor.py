@@ -192,16 +192,17 @@ def _triton() -> Iterator[Fact]:
 def _native() -> Iterator[Fact]:
     host, reason = _import("fedmoe.kernels._native")
     if host is None:
-        yield Fact("native, host", "absent", reason, "`pip install .` builds it: averaging in one pass over memory")
+        yield Fact("native, host", "absent", reason, "`pip install .` builds it: aggregation in one pass over memory")
     else:
-        yield Fact("native, host", "ok", "built", "averaging in one pass over memory")
+        found = f"built, uses {host.instruction_set()}"
+        yield Fact("native, host", "ok", found, "aggregation in one pass over memory")
     cuda, reason = _import("fedmoe.kernels._native_cuda")
     if cuda is None:
-        yield Fact("native, CUDA", "absent", reason, "built where nvcc is found: `weighted_accumulate`")
+        yield Fact("native, CUDA", "absent", reason, "built where nvcc is found: aggregation on the GPU")
         return
     count, reason = cuda.device_count()
     found = f"built; {count} device{'s' * (count != 1)}" + f": {reason}" * bool(reason)
-    yield Fact("native, CUDA", "ok" if count else "absent", found, "`weighted_accumulate` on the GPU")
+    yield Fact("native, CUDA", "ok" if count else "absent", found, "aggregation on the GPU")
 
 
 def _apex() -> Iterator[Fact]:

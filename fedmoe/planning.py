@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedmoe import configfile, mixture, partition
 from fedmoe.client import load_data
-from fedmoe.config import Config
+from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
 from fedmoe.display import Output, warn
 from fedmoe.engine.choices import amount
@@ -27,7 +27,6 @@ from fedmoe.errors import UserError
 from fedmoe.gate import SwitchNorm
 from fedmoe.mixture import Mixture
 from fedmoe.partition import Split
-from fedmoe.server import per_round
 
 
 def run(config: Config, as_json: bool) -> None:

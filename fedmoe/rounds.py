@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -23,7 +23,7 @@ from fedmoe.engine.ranges import phase
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
 from fedmoe.errors import DiskError, OutputLost, UserError
 from fedmoe.metrics import Line, Log, spread
-from fedmoe.server import Server
+from fedmoe.server import Arrivals, Server
 from fedmoe.signals import handling
 
 
@@ -150,26 +150,38 @@ def take_round(config: Config, server: Server, engine: Engine, number: int, watc
 
 def _round(config: Config, server: Server, engine: Engine, number: int, display: Watcher) -> tuple[Line, Payload]:
     start = time.perf_counter()
-    results = []
+    results, sent, aggregating = [], [], 0.0
+    arrivals = Arrivals(config.server, server.theta)
     for result in engine.run("train", server.jobs(number)):
-        results.append(result)
+        arrived = time.perf_counter()
+        with phase("averaging"):
+            arrivals.add(result)
+        sent.append(0 if result.metrics["rolled_back"] else _bytes(result.payload))
+        results.append(replace(result, payload={}))  # a round must not hold what K clients sent
+        aggregating += time.perf_counter() - arrived
         display.trained(result)
+        del result
     trained = time.perf_counter()
     with phase("averaging"):
-        theta = server.average(results)
+        theta = arrivals.theta()
+    rejected, kept = arrivals.rejected, arrivals.kept
+    del arrivals
     averaged = time.perf_counter()
     sampled = [r.client for r in results]
-    counted = [r for r in results if not r.metrics["rolled_back"]]
+    counted = [r for r in results if r.client not in rejected and not r.metrics["rolled_back"]]
     weight = sum(r.weight for r in counted)
     line: Line = {
         "round": number,
         "sampled": sampled,
         "rolled_back": [r.client for r in results if r.metrics["rolled_back"]],
+        "rejected": {str(client): reason for client, reason in rejected.items()},
         "loss": sum(r.weight * _number(r, "loss") for r in counted) / weight if counted else None,
         "bytes_down": len(results) * _bytes(server.theta),
-        "bytes_up": sum(_bytes(r.payload) for r in counted),
+        "bytes_up": sum(sent),
         "flops": sum(_number(r, "flops") for r in results),
     }
+    if kept:
+        line["kept"] = kept
     if parts := {str(r.client): r.metrics["parts"] for r in results if r.metrics.get("parts", 1) != 1}:
         line["parts"] = parts
     if any("skipped" in r.metrics for r in results):
@@ -181,16 +193,16 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
     end = time.perf_counter()
     line["seconds"] = {
         "round": end - start,
-        "train": trained - start,
-        "aggregate": averaged - trained,
+        "train": trained - start - aggregating,
+        "aggregate": averaged - trained + aggregating,
         "evaluate": end - averaged,
     }
     line["clients"] = {  # one entry for each of `sampled`, in that order
         "samples": [r.metrics["samples"] for r in results],
-        "loss": [r.metrics.get("loss") for r in results],
-        "train_accuracy": [r.metrics.get("accuracy") for r in results],
+        "loss": [_told(r, "loss") for r in results],
+        "train_accuracy": [_told(r, "accuracy") for r in results],
         "bytes_down": [_bytes(server.theta)] * len(results),
-        "bytes_up": [0 if r.metrics["rolled_back"] else _bytes(r.payload) for r in results],
+        "bytes_up": sent,
         "flops": [r.metrics["flops"] for r in results],
         "seconds": [r.metrics["seconds"] for r in results],
     }
@@ -201,6 +213,12 @@ def _number(result: Result, metric: str) -> float:
     value = result.metrics[metric]
     assert not isinstance(value, list)
     return value
+
+
+def _told(result: Result, metric: str) -> float | None:
+    """What a client says of itself, None where that is nothing or no finite number."""
+    value = result.metrics.get(metric)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _bytes(payload: Payload) -> int:

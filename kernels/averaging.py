@@ -1,19 +1,17 @@
-"""Weighted averaging of clients' updates on the host: the plain PyTorch oracle and its native twin."""
+"""Weighted averaging of clients' updates on the host: the plain PyTorch oracle, its native twin, and one by one.
 
-import importlib
+The sum has one definition on all paths: in fp64, one product and one addition for each update, in the order given,
+divided last and rounded once to fp32. So it has the same bits everywhere; numbers of samples as weights make the
+products exact.
+"""
+
 import math
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_native: ModuleType | None = None
-_missing = ""
-try:
-    _native = importlib.import_module("fedmoe.kernels._native")
-except ImportError as error:  # a bare checkout, or an extension built for another Python
-    _missing = str(error)
+from fedmoe.kernels import native
 
 
 def weighted_mean(
@@ -21,7 +19,7 @@ def weighted_mean(
     weights: Sequence[float],  # [K], not negative, not all zero
     out: Tensor | None = None,  # [P]
 ) -> Tensor:  # [P]
-    """Σ w_k x_k / Σ w_k, summed in fp64 in the given order, rounded once to the dtype of `out` (default fp32).
+    """Σ w_k x_k / Σ w_k, rounded to fp32, and that to the dtype of `out` if it has another.
 
     `out` may be one of the updates. Raises ValueError, naming both values, where counts or shapes differ or the
     weights have no positive finite sum.
@@ -30,62 +28,84 @@ def weighted_mean(
     mean = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
     total = 0.0
     for update, weight in zip(updates, weights, strict=True):
-        # Product and sum apart: `add_(…, alpha=weight)` fuses them where the CPU can, so its bits depend on the CPU.
-        mean += update.detach().double() * weight
+        _add(mean, update.detach(), weight)
         total += weight  # not sum(): from Python 3.12 on it compensates, which C++ does not
     mean /= total
-    if out is None:
-        return mean.float()
-    out.detach().copy_(mean)
-    return out
+    return mean.float() if out is None else put(mean, out)
 
 
 def weighted_mean_native(
-    updates: Sequence[Tensor],  # K of [P], fp32, contiguous, on the CPU
+    updates: Sequence[Tensor],  # K of [P], fp32, bf16 or fp16, contiguous, on the CPU
     weights: Sequence[float],  # [K], not negative, not all zero
-    out: Tensor | None = None,  # [P], likewise
+    out: Tensor | None = None,  # [P], any of these dtypes
 ) -> Tensor:  # [P]
-    """`weighted_mean` in C++: the same bits in one pass over memory, without the GIL.
+    """`weighted_mean` in C++: the same bits in one pass over memory, without the GIL, on PyTorch's number of threads.
 
     Raises ValueError as `weighted_mean` does, and with the reason of `weighted_mean_native_supported` where that
     says no. `out` may be one of the updates, but may not overlap one partly.
     """
     _check(updates, weights, out)
-    supported, reason = weighted_mean_native_supported([*updates, *([] if out is None else [out])])
-    if not supported:
-        raise ValueError(f"weighted_mean_native: {reason}")
-    assert _native is not None
+    extension = native.extension("weighted_mean_native", updates, out)
     if out is None:
-        out = torch.empty_like(updates[0], requires_grad=False)
-    _native.weighted_mean(out.detach(), [update.detach() for update in updates], [float(w) for w in weights])
+        out = torch.empty_like(updates[0], dtype=torch.float32, requires_grad=False)
+    given = [update.detach() for update in updates]
+    extension.weighted_mean(out.detach(), given, [float(w) for w in weights], native.threads())
     return out
 
 
-def weighted_mean_native_supported(updates: Sequence[Tensor]) -> tuple[bool, str]:
-    """Whether `weighted_mean_native` takes these tensors, and if not, why."""
-    if _native is None:
-        return False, f"the native extension is missing ({_missing}); `pip install .` builds it"
-    for k, update in enumerate(updates):
-        if update.device.type != "cpu":
-            return False, f"tensor {k} is on {update.device}, not cpu"
-        if update.dtype != torch.float32:
-            return False, f"tensor {k} is {update.dtype}, not torch.float32"
-        if not update.is_contiguous():
-            return False, f"tensor {k} is not contiguous: shape {tuple(update.shape)}, strides {update.stride()}"
-    return True, ""
+weighted_mean_native_supported = native.supported
+
+
+class RunningMean:
+    """`weighted_mean` of updates that come one by one, in the memory of one fp64 accumulator.
+
+    In the same order it has the same bits; in another it is within one unit in the last place of fp32, unless updates
+    cancel each other almost wholly.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        """Σ w_k so far."""
+        self._sums: Tensor | None = None
+
+    def add(self, update: Tensor, weight: float) -> None:
+        """Count an update [P] in; raises ValueError, before anything is counted, where shape or weight will not do."""
+        if not (math.isfinite(weight) and weight >= 0 and math.isfinite(self.total + weight)):
+            raise ValueError(f"the weight is {weight}, expected finite, with a finite sum, and not negative")
+        native.check("RunningMean", [update])
+        if self._sums is None:
+            self._sums = torch.zeros(update.shape, dtype=torch.float64, device=update.device)
+        elif update.shape != self._sums.shape:
+            raise ValueError(f"the update has shape {tuple(update.shape)}, those before {tuple(self._sums.shape)}")
+        if native.supported([update])[0]:
+            assert native.module is not None
+            native.module.accumulate(self._sums, [update.detach()], [float(weight)], native.threads())
+        else:
+            _add(self._sums, update.detach(), weight)
+        self.total += weight
+
+    def mean(self) -> Tensor:
+        """The mean so far, fp32 [P]; raises ValueError with nothing of a positive weight."""
+        if self._sums is None or not self.total > 0:
+            raise ValueError(f"the weights sum to {self.total}, expected positive")
+        return (self._sums / self.total).float()
+
+
+def put(result: Tensor, out: Tensor) -> Tensor:
+    """`out`, holding an fp64 result rounded to fp32, and that to its dtype."""
+    out.detach().copy_(result.float())
+    return out
+
+
+def _add(sums: Tensor, update: Tensor, weight: float) -> None:
+    # Product and sum apart: `add_(…, alpha=weight)` fuses them where the CPU can, so its bits depend on the CPU.
+    sums += update.double() * weight
 
 
 def _check(updates: Sequence[Tensor], weights: Sequence[float], out: Tensor | None) -> None:
-    if not updates:
-        raise ValueError("weighted_mean needs at least one update, got 0")
+    native.check("weighted_mean", updates, out)
     if len(updates) != len(weights):
         raise ValueError(f"{len(updates)} updates, but {len(weights)} weights")
-    shape = updates[0].shape
-    if len(shape) != 1:
-        raise ValueError(f"updates[0] has shape {tuple(shape)}, expected one dimension")
-    for name, tensor in [*((f"updates[{k}]", update) for k, update in enumerate(updates)), ("out", out)]:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, updates[0] has {tuple(shape)}")
     for k, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weights[{k}] is {weight}, expected finite and not negative")

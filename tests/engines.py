@@ -18,7 +18,6 @@ from fedmoe.engine.store import Store
 from fedmoe.federation import Federation
 from fedmoe.server import Server
 
-
 FLIP = 2e-3
 """Of momentum: where a maximum or a ReLU is decided by a rounding, one way takes another than the other does. One such
 flip made 7e-4 of it, on some processors; weight decay left out makes 1e-2, and all else that may be wrong more."""
@@ -60,7 +59,7 @@ def rounds(
     out = Outcome([], [], [], {})
     for r in range(first, first + number):
         results = list(engine.run("train", server.jobs(r)))
-        server.theta = server.average(results)
+        server.theta = server.aggregate(results)
         evaluations = [Job(client, r, {}) for client in range(config.federation.clients)]
         evaluations += [replace(job, payload=server.theta) for job in evaluations]
         out.evaluated.extend(engine.run("evaluate", evaluations))

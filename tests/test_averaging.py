@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmoe.kernels import averaging
-from fedmoe.kernels.averaging import weighted_mean, weighted_mean_native, weighted_mean_native_supported
+from fedmoe.kernels import native
+from fedmoe.kernels.averaging import RunningMean, weighted_mean, weighted_mean_native, weighted_mean_native_supported
+from tests.extension import INSTRUCTION_SETS, instruction_set
 
 BUILT, REASON = weighted_mean_native_supported([])
 needs_native = pytest.mark.skipif(not BUILT, reason=REASON)
@@ -37,8 +38,8 @@ def test_extension_is_built_where_required() -> None:
 
 
 @pytest.mark.parametrize("mean", BOTH)
-@pytest.mark.parametrize("size", [0, 1, 7, 8191, 8192, 8193, 20_000])  # around the native block of 8192
-@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("size", [0, 1, 7, 4095, 4096, 4097, 20_000])  # around the native tile of 4096
+@pytest.mark.parametrize("count", [1, 3, 100, 1000])
 def test_equals_numpy_in_fp64(mean: Mean, count: int, size: int) -> None:
     updates, weights = updates_and_weights(count, size)
     expected = np.average(np.stack([u.numpy() for u in updates]).astype(np.float64), axis=0, weights=weights)
@@ -49,17 +50,92 @@ def test_equals_numpy_in_fp64(mean: Mean, count: int, size: int) -> None:
 
 
 @needs_native
+@settings(deadline=None)
 @given(
     count=st.integers(1, 12),
-    size=st.sampled_from([1, 5, 8191, 8193]),
+    size=st.sampled_from([1, 5, 4095, 4097]),
     seed=st.integers(0, 1000),
     integers=st.booleans(),
+    dtype=st.sampled_from(native.FLOATS),
+    out_dtype=st.sampled_from([None, *native.FLOATS]),
+    instructions=st.sampled_from(INSTRUCTION_SETS),
 )
-def test_native_is_bit_identical(count: int, size: int, seed: int, integers: bool) -> None:
-    updates, weights = updates_and_weights(count, size, seed)
+def test_native_is_bit_identical(
+    count: int,
+    size: int,
+    seed: int,
+    integers: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    instructions: str,
+) -> None:
+    drawn, weights = updates_and_weights(count, size, seed)
+    updates = [update.to(dtype) for update in drawn]
     if integers:
         weights = [round(1000 * weight) for weight in weights]
-    assert torch.equal(weighted_mean_native(updates, weights), weighted_mean(updates, weights))
+    outs = [None if out_dtype is None else torch.empty(size, dtype=out_dtype) for _ in range(2)]
+    with instruction_set(instructions):
+        assert torch.equal(weighted_mean_native(updates, weights, outs[0]), weighted_mean(updates, weights, outs[1]))
+
+
+@needs_native
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_is_widened_and_rounded_as_pytorch_does(dtype: torch.dtype, instructions: str) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    with instruction_set(instructions):
+        assert torch.equal(weighted_mean_native([every], [1]).nan_to_num(7e7), every.float().nan_to_num(7e7))
+        generator = torch.Generator().manual_seed(0)
+        bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).int()
+        near = torch.cat([every.float().view(torch.int32) + d for d in (-1, 0, 1, 2**12 - 1, 2**12, 2**15)])
+        numbers = torch.cat([bits, near]).view(torch.float32)
+        ours = weighted_mean_native([numbers], [1], torch.empty(numbers.shape, dtype=dtype))
+    assert torch.equal(ours.float().nan_to_num(7e7), numbers.to(dtype).float().nan_to_num(7e7))
+
+
+@needs_native
+def test_threads_and_runs_change_no_bit() -> None:
+    updates, weights = updates_and_weights(9, 100_001)
+    extension, outs = importlib.import_module("fedmoe.kernels._native"), []
+    for threads in (1, 1, 2, 3, 7, 64):
+        outs.append(torch.empty(100_001))
+        extension.weighted_mean(outs[-1], updates, weights, threads)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("plain", [pytest.param(False, marks=needs_native), True])
+@settings(deadline=None)
+@given(count=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_one_by_one_is_bit_identical_in_order_and_within_an_ulp_in_another(plain: bool, count: int, seed: int) -> None:
+    updates, weights = updates_and_weights(count, 700, seed)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        if plain:
+            patch.setattr(native, "module", None)
+        same, other = RunningMean(), RunningMean()
+        for k in range(count):
+            same.add(updates[k], weights[k])
+            other.add(updates[order[k]], weights[order[k]])
+        together = weighted_mean(updates, weights)
+        assert torch.equal(same.mean(), together)
+        ulp = torch.nextafter(together.abs(), torch.tensor(math.inf)) - together.abs()
+        assert ((other.mean() - together).abs() <= ulp).all()
+
+
+def test_running_mean_refuses_before_it_counts() -> None:
+    mean = RunningMean()
+    with pytest.raises(ValueError, match="the weights sum to 0"):
+        mean.mean()
+    mean.add(torch.ones(3), 2)
+    for update, weight, message in (
+        (torch.ones(4), 1.0, r"the update has shape \(4,\), those before \(3,\)"),
+        (torch.ones(3), math.nan, "the weight is nan"),
+        (torch.ones(3), -1.0, "the weight is -1"),
+        (torch.ones(3, 1), 1.0, "expected one dimension"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mean.add(update, weight)
+    assert mean.mean().tolist() == [1.0] * 3 and mean.total == 2
 
 
 @pytest.mark.parametrize("mean", BOTH)
@@ -118,7 +194,10 @@ def test_errors_name_both_values(mean: Mean, arguments: tuple[Any, ...], message
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (torch.ones(4, dtype=torch.float64), "tensor 1 is torch.float64, not torch.float32"),
+        (
+            torch.ones(4, dtype=torch.float64),
+            "tensor 1 is torch.float64, not one of torch.float32, torch.bfloat16, torch.float16",
+        ),
         (torch.ones(8)[::2], "tensor 1 is not contiguous: shape (4,), strides (2,)"),
         (torch.ones(4, device="meta"), "tensor 1 is on meta, not cpu"),
     ],
@@ -130,28 +209,9 @@ def test_unsupported_tensors_are_refused_with_the_reason(tensor: Tensor, reason:
 
 
 def test_missing_extension_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging, "_native", None)
+    monkeypatch.setattr(native, "module", None)
     supported, reason = weighted_mean_native_supported([torch.ones(2)])
     assert not supported and "pip install" in reason
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("out", "updates", "weights", "message"),
-    [
-        (np.ones(3, np.float32), [], [], "got 0"),
-        (np.ones(3, np.float32), [np.ones(3, np.float32)], [1.0, 2.0], "1 updates, but 2 weights"),
-        (np.ones(3, np.float32), [np.ones(3)], [1.0], "updates[0] is float64, expected float32"),
-        (np.ones(3, np.float32), [np.ones(6, np.float32)[::2]], [1.0], "updates[0] has stride 2, expected 1"),
-        (np.ones(3, np.float32), [np.ones((3, 3), np.float32)], [1.0], "updates[0] has 2 dimensions, expected 1"),
-        (np.ones(2, np.float32), [np.ones(3, np.float32)], [1.0], "out has 2 elements, updates[0] has 3"),
-        (np.ones(3, np.int32), [np.ones(3, np.float32)], [1.0], "out is int32, expected float32"),
-    ],
-)
-def test_the_extension_checks_what_memory_safety_rests_on(out: Any, updates: Any, weights: Any, message: str) -> None:
-    native = importlib.import_module("fedmoe.kernels._native")
-    with pytest.raises(ValueError, match=re.escape(message)):
-        native.weighted_mean(out, updates, weights)
 
 
 HAS_CUDA_PART = importlib.util.find_spec("fedmoe.kernels._native_cuda") is not None
@@ -162,3 +222,20 @@ needs_cuda_part = pytest.mark.skipif(not HAS_CUDA_PART, reason="fedmoe.kernels._
 def test_cuda_part_reports_devices_or_the_reason() -> None:
     count, reason = importlib.import_module("fedmoe.kernels._native_cuda").device_count()
     assert count >= 0 and bool(reason) == (count == 0)
+
+
+@needs_cuda_part
+def test_cuda_part_checks_and_gives_cudas_reason_without_a_device() -> None:
+    cuda = importlib.import_module("fedmoe.kernels._native_cuda")
+    one, two = torch.ones(4), torch.zeros(4)
+    for rule, updates, weights, trim, message in (
+        ("best", [one], [1.0], 0, "rule is 'best', expected mean, median or trimmed_mean"),
+        ("mean", [], [], 0, "at least one update is needed, got 0"),
+        ("mean", [one], [], 0, "1 updates, but 0 weights"),
+        ("trimmed_mean", [one, one], [], 1, "trim is 1, must leave some of 2 updates"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cuda.aggregate_paged(rule, two.data_ptr(), [u.data_ptr() for u in updates], weights, trim, 4, 2)
+    if not cuda.device_count()[0]:
+        with pytest.raises(RuntimeError, match="median of 1 clients, paged: "):
+            cuda.aggregate_paged("median", two.data_ptr(), [one.data_ptr()], [], 0, 4, 2)

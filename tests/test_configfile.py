@@ -1,5 +1,6 @@
 """Configurations are read, overridden and saved without loss; every complaint is one line."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,4 +197,62 @@ def test_options_of_partitioners(tmp_path: Path) -> None:
             check(changed(Config(), partition=partition))
     assert ignored(changed(Config(), partition={"column": "writer"})) == [
         'partition.column = writer has no effect with partition.kind = "pathological"'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("server", "complaint"),
+    [
+        ({"trim": 0.5}, "server.trim is 0.5, must be less than 0.5"),
+        ({"trim": -0.1}, "server.trim is -0.1, must be 0 or more"),
+        (
+            {"aggregation": "trimmed_mean", "trim": 0.09},
+            "server.trim is 0.09, which is none of the 10 clients of a round: set at least 0.1",
+        ),
+        ({"clip_factor": 0.0}, "server.clip_factor is 0.0, must be more than 0"),
+        ({"clip_norm": float("nan")}, "server.clip_norm is nan, must be a finite number"),
+        (
+            {"aggregation": "krum", "byzantine": 4},
+            'server.aggregation = "krum" with server.byzantine = 4 needs 11 clients a round, federation.clients and '
+            "federation.fraction give 10",
+        ),
+        ({"aggregation": "multi_krum", "chosen": 11}, "server.chosen is 11, must be at most the 10 clients of a round"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused(server: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        check(changed(Config(), server=server))
+
+
+def test_advice_on_trim_can_be_followed() -> None:
+    for clients in range(1, 40):
+        federation, rule = {"clients": clients}, {"aggregation": "trimmed_mean", "trim": 0.0}
+        with pytest.raises(UserError) as caught:
+            check(changed(Config(), federation=federation, server=rule))
+        advice = str(caught.value).rpartition(": ")[2]
+        if clients < 3:
+            assert advice == "have 3 or more"
+        else:
+            rule["trim"] = float(advice.removeprefix("set at least "))
+            check(changed(Config(), federation=federation, server=rule))
+
+
+def test_rules_that_just_work_are_not_refused() -> None:
+    for server in ({"aggregation": "krum", "byzantine": 3}, {"aggregation": "trimmed_mean", "trim": 0.1}):
+        check(changed(Config(), server=server))
+
+
+def test_parameters_of_another_rule_are_named() -> None:
+    assert ignored(changed(Config(), server={"trim": 0.2, "byzantine": 2})) == [
+        'server.trim = 0.2 has no effect with server.aggregation = "mean"',
+        'server.byzantine = 2 has no effect with server.aggregation = "mean"',
+    ]
+    both = {"aggregation": "clipped_mean", "clip_norm": 3.0, "clip_factor": 2.0}
+    assert ignored(changed(Config(), server=both)) == [
+        "server.clip_factor = 2.0 has no effect with server.clip_norm = 3.0"
+    ]
+    assert ignored(changed(Config(), server={"aggregation": "clipped_mean", "clip_factor": 2.0})) == []
+    assert ignored(changed(Config(), server={"aggregation": "multi_krum", "chosen": 2, "byzantine": 2})) == []
+    assert ignored(changed(Config(), method="local", server={"aggregation": "median"})) == [
+        'server.aggregation = median has no effect with method = "local"'
     ]

@@ -48,7 +48,7 @@ def check_all_parts_train_when_sampled_and_only_then(engine: ReferenceEngine, co
         before = {c: engine.client(c).state() for c in everyone}
         jobs = server.jobs(number)
         results = list(engine.run("train", jobs))
-        theta = server.average(results)
+        theta = server.aggregate(results)
         for client in everyone:
             after = engine.client(client).state()
             took_part = client in [job.client for job in jobs]
@@ -151,8 +151,8 @@ def plant_gate_lost_between_rounds(patch: pytest.MonkeyPatch) -> None:
 
 
 def plant_average_of_equal_weights(patch: pytest.MonkeyPatch) -> None:
-    average = Server.average
-    patch.setattr(Server, "average", lambda self, results: average(self, [replace(r, weight=1.0) for r in results]))
+    aggregate = Server.aggregate
+    patch.setattr(Server, "aggregate", lambda self, results: aggregate(self, [replace(r, weight=1.0) for r in results]))
 
 
 def plant_training_of_clients_not_sampled(patch: pytest.MonkeyPatch) -> None:

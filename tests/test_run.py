@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fedmoe import checkpoint, metrics
 from fedmoe.client import load_data
 from fedmoe.configfile import read
-from fedmoe.engine.seam import Job
+from fedmoe.engine.seam import Job, Result
 from fedmoe.partition import Split
 from fedmoe.reference import ReferenceEngine
 from tests.support import SMALL, Command, Done, begin
@@ -165,6 +166,34 @@ def test_rolled_back_client_is_named_and_the_round_goes_on(tmp_path: Path, fedmo
     assert all(line["clients"]["bytes_up"][1] == 0 for line in lines)
     manifest = checkpoint.read_manifest(tmp_path / "run")
     assert list(manifest.clients) == [0, 2, 3, 4]
+
+
+def send_nonsense() -> None:
+    """Clients 1 and 3 send what is not finite, and what has another shape."""
+    from fedmoe.engine.device_engine import DeviceEngine
+
+    run = DeviceEngine.run
+
+    def lying(self: DeviceEngine, kind: str, jobs: list[Job]) -> Iterator[Result]:
+        for result in run(self, kind, jobs):  # type: ignore[arg-type]
+            lies = {1: lambda theta: theta * float("nan"), 3: lambda theta: theta[:-1]} if kind == "train" else {}
+            lie = lies.get(result.client, lambda theta: theta)
+            yield replace(result, payload={name: lie(tensor) for name, tensor in result.payload.items()})
+
+    DeviceEngine.run = lying  # type: ignore[method-assign, assignment]
+
+
+def test_unfit_results_are_named_and_too_few_leave_theta(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    rule = ("--server.aggregation=krum", "--server.byzantine=1")
+    done = fedmoe("train", *SMALL, "--run.dir=run", *rule, plant=send_nonsense)
+    assert done.code == 0, done
+    assert "round 1: client 1 rejected and left out: 29140 of the 29140 numbers of 'theta' are not finite" in done.out
+    assert "round 1: client 3 rejected and left out: 'theta' is torch.float32 [29139], must be" in done.out
+    kept = "krum needs 5 results, 3 were fit to count"
+    assert f"round 2: the global expert stays as it is: {kept}" in done.out
+    lines = metrics.read(tmp_path / "run")
+    assert [list(line["rejected"]) for line in lines] == [["1", "3"]] * 2
+    assert [line["kept"] for line in lines] == [kept] * 2
 
 
 def test_resume_from_another_working_directory(tmp_path: Path, fedmoe: Fedmoe) -> None:

@@ -1,11 +1,20 @@
-"""The server samples the stated number of clients and averages by the stated weights."""
+"""The server samples the stated number of clients checks what comes back, and aggregates it by the stated rule."""
+
+import math
+import typing
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedmoe.config import Config, Federation
+from fedmoe.config import Server as Rule
 from fedmoe.engine.seam import Result
-from fedmoe.server import Server
+from fedmoe.kernels import native, robust
+from fedmoe.kernels.averaging import weighted_mean
+from fedmoe.server import Arrivals, Server
 
 
 def server(**federation: object) -> Server:
@@ -38,27 +47,107 @@ def results(weights: list[float]) -> list[Result]:
     return [Result(i, {"theta": torch.randn(4, generator=generator)}, w, {}) for i, w in enumerate(weights)]
 
 
-@pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
-def test_average(aggregation: str) -> None:
+def aggregated(arrived: list[Result], **rule: object) -> Tensor:
+    return Server(Config(server=Rule(**rule)), {"theta": torch.zeros(4)}).aggregate(arrived)["theta"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "uniform"])
+def test_mean(aggregation: str) -> None:
     arrived = results([3.0, 1.0, 6.0])
-    shares = [0.3, 0.1, 0.6] if aggregation == "weighted" else [1 / 3] * 3
+    shares = [0.3, 0.1, 0.6] if aggregation == "mean" else [1 / 3] * 3
     expected = sum(share * r.payload["theta"].double() for share, r in zip(shares, arrived, strict=True))
-    theta = server(aggregation=aggregation).average(arrived)["theta"]
+    theta = aggregated(arrived, aggregation=aggregation)
     assert theta.dtype == torch.float32
     # Exact in fp64 up to its own rounding, then rounded once: half an fp32 ulp.
     torch.testing.assert_close(theta.double(), expected, rtol=2**-24, atol=1e-12)
+    weights = [r.weight if aggregation == "mean" else 1.0 for r in arrived]
+    assert torch.equal(theta, weighted_mean([r.payload["theta"] for r in arrived], weights))
 
 
-@pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
-def test_weight_0_is_left_out(aggregation: str) -> None:
-    arrived = results([3.0, 0.0, 6.0])
-    s = server(aggregation=aggregation)
-    assert torch.equal(s.average(arrived)["theta"], s.average([arrived[0], arrived[2]])["theta"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_each_rule_is_its_kernel(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(native, "module", None)
+    arrived = results([3.0, 1.0, 6.0, 2.0, 5.0, 4.0, 7.0])
+    updates, weights = [r.payload["theta"] for r in arrived], [r.weight for r in arrived]
+    picked = robust.krum(updates, 2)
+    several = robust.krum(updates, 1, 6)
+    expected: list[tuple[dict[str, object], Tensor]] = [
+        ({"aggregation": "median"}, robust.median(updates)),
+        ({"aggregation": "trimmed_mean", "trim": 0.29}, robust.trimmed_mean(updates, 2)),
+        ({"aggregation": "clipped_mean"}, robust.clipped_mean(updates, weights, torch.zeros(4))),
+        (
+            {"aggregation": "clipped_mean", "clip_factor": 0.5},
+            robust.clipped_mean(updates, weights, torch.zeros(4), factor=0.5),
+        ),
+        ({"aggregation": "clipped_mean", "clip_norm": 0.1}, robust.clipped_mean(updates, weights, torch.zeros(4), 0.1)),
+        ({"aggregation": "krum", "byzantine": 2}, updates[picked[0]]),
+        ({"aggregation": "multi_krum"}, weighted_mean([updates[k] for k in several], [1.0] * 6)),
+        ({"aggregation": "multi_krum", "chosen": 7}, weighted_mean(updates, [1.0] * 7)),
+    ]
+    for rule, theta in expected:
+        assert torch.equal(aggregated(arrived, **rule), theta), rule
 
 
-def test_with_nothing_to_average_theta_stays() -> None:
-    s = server()
-    assert s.average(results([0.0, 0.0])) is s.theta
+@pytest.mark.parametrize("aggregation", typing.get_args(typing.get_type_hints(Rule)["aggregation"]))
+def test_weight_0_and_what_is_unfit_are_left_out(aggregation: str) -> None:
+    rule = Rule(aggregation=aggregation, trim=0.2)  # type: ignore[arg-type]
+    arrived = results([3.0, 0.0, 6.0, 1.0, 2.0, 4.0, 5.0])
+    first, good = arrived[0], arrived[2:]
+    for bad, reason in (
+        (replace(first, payload={"theta": torch.ones(3)}), "'theta' is torch.float32 [3], must be torch.float32 [4]"),
+        (
+            replace(first, payload={"theta": torch.ones(4).half()}),
+            "'theta' is torch.float16 [4], must be torch.float32 [4]",
+        ),
+        (replace(first, payload={}), "'theta' is missing"),
+        (
+            replace(first, payload={"theta": torch.tensor([1, math.nan, 2, math.inf])}),
+            "2 of the 4 numbers of 'theta' are not finite",
+        ),
+        (
+            replace(first, payload={"theta": torch.tensor([1, -math.inf, 2, 3])}),
+            "1 of the 4 numbers of 'theta' are not finite",
+        ),
+        (replace(first, weight=math.nan), "its weight is nan, must be finite and not negative"),
+        (replace(first, weight=-1.0), "its weight is -1.0, must be finite and not negative"),
+        (replace(first, metrics={"loss": math.inf}), "its loss is inf, must be finite"),
+    ):
+        arrivals = Arrivals(rule, {"theta": torch.zeros(4)})
+        for result in [bad, *arrived[1:]]:
+            arrivals.add(result)
+        assert arrivals.rejected == {0: reason} and not arrivals.kept
+        assert torch.equal(
+            arrivals.theta()["theta"], Server(Config(server=rule), {"theta": torch.zeros(4)}).aggregate(good)["theta"]
+        )
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median"])
+def test_with_nothing_to_go_by_theta_stays(aggregation: str) -> None:
+    theta = {"theta": torch.zeros(4)}
+    arrivals = Arrivals(Rule(aggregation=aggregation), theta)  # type: ignore[arg-type]
+    for result in results([0.0, 0.0]):
+        arrivals.add(result)
+    assert arrivals.theta()["theta"] is theta["theta"]
+
+
+def test_too_few_for_krum_leave_theta_and_say_so() -> None:
+    theta = {"theta": torch.zeros(4)}
+    arrivals = Arrivals(Rule(aggregation="krum"), theta)
+    for result in results([1.0] * 4):
+        arrivals.add(result)
+    assert arrivals.theta() is theta and arrivals.kept == "krum needs 5 results, 4 were fit to count"
+
+
+def test_mean_holds_nothing_of_a_client() -> None:
+    theta = {"theta": torch.zeros(4)}
+    for rule, held in ((Rule(), False), (Rule(aggregation="median"), True)):
+        arrivals = Arrivals(rule, theta)
+        [result] = results([1.0])
+        payload = weakref.ref(result.payload["theta"])
+        arrivals.add(result)
+        del result
+        assert (payload() is not None) == held
 
 
 def test_jobs_carry_theta_and_settings_and_nothing_else() -> None:
