@@ -49,21 +49,22 @@ class Grid:
 
         Fields that have no effect in a combination are at their defaults, so that it is run once.
         """
-        combinations: dict[Config, dict[str, Any]] = {}
+        combinations: dict[bytes, tuple[Config, dict[str, Any]]] = {}
         for values in itertools.product(*self.axes.values()):
             chosen = dict(zip(self.axes, values, strict=True))
             config = configfile.with_values(self.base, chosen)
             unused = configfile.unused(config)
             told = {name: value for name, value in chosen.items() if name not in unused}
-            combinations.setdefault(configfile.effective(config), told)
-        of_data = [config.data for config in combinations]
-        ordered = sorted(combinations, key=lambda config: of_data.index(config.data))
+            effective = configfile.effective(config)
+            combinations.setdefault(configfile.save(effective), (effective, told))
+        of_data = [config.data for config, _ in combinations.values()]
+        ordered = sorted(combinations.values(), key=lambda pair: of_data.index(pair[0].data))
         made: list[Planned] = []
         taken: set[str] = set()
-        for seed, config in itertools.product(self.seeds, ordered):
-            name = _name(combinations[config] | {"seed": seed})
+        for seed, (config, told) in itertools.product(self.seeds, ordered):
+            name = _name(told | {"seed": seed})
             if name.lower() in taken:  # told apart by what a file name cannot hold, or not at all on some disks
-                name += "," + hashlib.sha256(repr(combinations[config]).encode()).hexdigest()[:8]
+                name += "," + hashlib.sha256(repr(told).encode()).hexdigest()[:8]
             taken.add(name.lower())
             made.append(Planned(name, replace(config, seed=seed)))
         return made

@@ -23,7 +23,7 @@ SMALL = ("--data.limit=300", "--federation.clients=5", "--federation.rounds=2", 
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["fedmoe.run", "fedmoe.cli", "fedmoe.configfile", "sklearn.datasets", "sklearn.manifold", "tensorboardX"]
+    ["fedmoe.run", "fedmoe.cli", "sklearn.datasets", "sklearn.manifold", "tensorboardX", "torch._dynamo"]
 )
 
 

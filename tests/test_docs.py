@@ -86,7 +86,7 @@ def test_every_field_has_a_docstring_and_is_in_the_reference() -> None:
 
 def test_reference_of_a_field() -> None:
     text = reference.reference()
-    assert '\n`aggregation`: `"weighted"`, `"uniform"`; default `"weighted"`\n: Weights of the average: ' in text
+    assert '\n`theta_momentum`: `"keep"`, `"reset"`; default `"reset"`\n: What becomes of the global' in text
     assert (
         '\n`local`: list of strings; default `["cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5"]`\n: Local models; ' in text
     )

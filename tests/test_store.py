@@ -127,7 +127,7 @@ def test_what_fits_is_not_moved(tmp_path: Path) -> None:
 
 def test_a_thousand_rounds_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    made = 0
+    made, threads = 0, threading.active_count()
     memory = blocks.host_memory
 
     def counted(n: int) -> Tensor:
@@ -152,7 +152,7 @@ def test_a_thousand_rounds_leave_nothing_behind(tmp_path: Path, monkeypatch: pyt
         assert sum(store.held.values()) == 5 * UNIT == sum(by_tier(store).values())
         store.prefetch(0)  # what is done is taken note of
         assert len(list(store.folder.iterdir())) <= 5 + 2 * staging.WRITES
-        assert threading.active_count() <= 4
+        assert threading.active_count() <= threads + 3
         assert store.bytes_moved["file", "in"] > 0 < store.bytes_moved["file", "out"]
         assert store.bytes_moved["host", "in"] == store.bytes_moved["host", "out"] == 0
     assert len(alive) == 0
