@@ -303,7 +303,7 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
         write_atomic(out / "trace.json", trace.events(spans, series).encode())
         write_atomic(out / "profile.html", page(profile, spans, series).encode())
     made = "profile.html, profile.json, trace.json (ui.perfetto.dev opens it)"
-    console.print(f"written to {out}: {made}", highlight=False, soft_wrap=True)
+    console.print(f"written to {out}: {made}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def _finish(config: Config, run: Path, device: torch.device, whole: Whole | None
     console = Output()
     with contextlib.suppress(OutputLost, OSError):  # all is on disk
         summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))
-        console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
+        console.print(f"run folder: {run}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_free(run: Path) -> None:

@@ -86,14 +86,14 @@ def test_metrics_of_a_round(finished: Path) -> None:
 
 
 def test_closing_table(tmp_path: Path, fedmoe: Fedmoe) -> None:
-    done = fedmoe("train", *SMALL, "--run.dir=run")
+    done = fedmoe("train", *SMALL, "--run.dir=run [b]")  # what looks like markup is a name
     assert done.code == 0, done
     assert "round 2/2  accuracy 0." in done.out
     assert "fedmoe on digits after round 2, held-out samples" in done.out
     for i in range(5):
         assert f"cnn-{i + 1}" in done.out
     assert "all 5" in done.out
-    assert done.out.endswith("run folder: run\n")
+    assert done.out.endswith("run folder: run [b]\n")
 
 
 def test_eval_gives_the_numbers_of_the_last_round_and_changes_nothing(finished: Path, fedmoe: Fedmoe) -> None:
