@@ -106,8 +106,10 @@ def all_beaten(ours: str, aside: Sequence[str]) -> Judge:
         ran = [variant for variant in others if rows[variant]["status"] == "timed"]
         best = _fastest(rows, ran, "median")
         ratio = _ratio(rows[best], _timed(rows, ours), "median")
+        noise = ratio * _noise("median", rows[best], rows[ours])
         absent = ", ".join(variant for variant in others if variant not in ran)
-        return Finding(f"{ratio:.2f}× the fastest, {best}{f'; not there: {absent}' if absent else ''}", ratio > 1)
+        figure = f"{ratio:.2f}× ± {noise:.2f} the fastest, {best}{f'; not there: {absent}' if absent else ''}"
+        return Finding(figure, ratio > 1, abs(ratio - 1) < noise)
 
     return Judge((ours, *aside), find)
 

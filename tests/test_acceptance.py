@@ -13,7 +13,7 @@ import pytest
 from fedmoe import bench
 from fedmoe.profiling import acceptance
 from fedmoe.profiling.acceptance import BUDGET, GRAPHS, HEADS, LIMITS, LOOPS, TARGETS, Target, judged
-from fedmoe.profiling.judging import Judge, Unmeasured, faster, outside, takes
+from fedmoe.profiling.judging import Judge, Unmeasured, all_beaten, faster, outside, takes
 from tests.support import ROOT
 
 Seconds = dict[str, float]
@@ -225,13 +225,15 @@ def test_number_within_the_noise_is_told() -> None:
     for most, reached, close in ((0.03, False, False), (0.05, False, True), (0.35, True, True), (0.37, True, False)):
         found = outside("b", "a", most).find({"x": rows})
         assert (found.reached, found.close) == (reached, close)
+    found = all_beaten("ours", ()).find({"x": {"ours": timed("ours", 0.9), "b": rows["b"]}})  # 1.11 times ± 0.22
+    assert (found.reached, found.close) == (True, True)
 
 
 def test_absent_baselines_are_listed_and_beat_nobody() -> None:
     target = found("vocabulary head", "baseline")
-    rows = [timed("ours, step", 2.0), timed("Liger", 3.0), {**timed("CCE", None), "status": "absent", "reason": "no"}]
+    rows = [timed("ours, step", 2.0), timed("Liger", 3.0, quartiles=(2.4, 3.6)), timed("CCE", None, status="absent")]
     made = verdict(target, ran(target, rows))
-    assert made["verdict"] == "reached" and made["figure"] == "1.50× the fastest, Liger; not there: CCE"
+    assert made["verdict"] == "reached" and made["figure"] == "1.50× ± 0.30 the fastest, Liger; not there: CCE"
     assert verdict(target, ran(target, rows[:1]))["verdict"] == "not measured"
 
 
