@@ -30,7 +30,7 @@ CHECKOUT = Path(fedmoe.__file__).parents[1]
 
 # The project's own settings for its tests (a time limit, strictness about plugins that only tests need) are not these.
 PYTEST = ["-o", "addopts=", "-o", "timeout=0", "--import-mode=importlib", "-p", "no:cacheprovider"]
-PYTEST += ["-p", "fedmoe.profiling.plugin", "--benchmark"]
+PYTEST += ["-p", "fedmoe.profiling.plugin", "--benchmark", "--continue-on-collection-errors"]
 
 
 class _Late(Exception):
@@ -45,7 +45,7 @@ class _Watch:
     """Follows what a process tells: what has ended, what runs, and until when it may."""
 
     def __init__(self, selection: Selection) -> None:
-        self.selection, self.device, self.running = selection, "", ""
+        self.selection, self.device, self.running, self.before = selection, "", "", ""
         self.chosen: list[str] | None = None
         self.ended: list[str] = []
         self.until = selection.ends
@@ -66,13 +66,22 @@ class _Watch:
                 mine = time.monotonic() + limit
                 self.until = mine if self.until is None else min(mine, self.until)
         else:
+            self.before = event["name"]
             self.ended.append(event["name"])
         return True
 
+    def left(self) -> list[str]:
+        """What has not ended."""
+        return [name for name in self.chosen or [] if name not in self.ended]
+
+    def again(self) -> None:
+        """Another process begins."""
+        self.running, self.before, self.until = "", "", self.selection.ends
+
     def late(self) -> list[Event]:
         """What the end of the time leaves out: what runs, and all that has not begun, unless there is time for that."""
-        chosen, over = self.chosen or [], self.over()
-        names = [name for name in chosen if name not in self.ended and (over or name == self.running)]
+        over = self.over()
+        names = [name for name in self.left() if over or name == self.running]
         limit = self.selection.seconds(self.device, self.running)
         own = f"not done within its limit of {limit:.0f} s" if limit is not None else ""
         self.ended += names
@@ -83,8 +92,9 @@ class _Watch:
         ]
 
     def died(self, why: str) -> list[Event]:
-        """What the end of the process costs: what ran, or, where that is not known, all that has not ended."""
-        names = [self.running] if self.running else [name for name in self.chosen or [] if name not in self.ended]
+        """What the end of the process costs: what ran, else what was being torn down, or, where none has begun, all."""
+        one = self.running or self.before
+        names = [one] if one and self.left() else self.left()
         self.ended += names
         return [{"event": "end", "name": name, "outcome": "failed", "reason": why, "rows": []} for name in names]
 
@@ -103,7 +113,7 @@ def events(checkout: Path, files: list[Path], selection: Selection) -> Generator
     while True:
         try:
             left = replace(selection, skip=watch.ended)
-            with closing(_told(checkout, files, left, lambda: watch.until)) as told:
+            with closing(_told(checkout, files, left, watch)) as told:
                 for event in told:
                     if watch.hear(event):
                         yield event
@@ -116,15 +126,13 @@ def events(checkout: Path, files: list[Path], selection: Selection) -> Generator
             if not watch.chosen:
                 raise UserError(str(error)) from None
             yield from watch.died(str(error))
-        if watch.over() or set(watch.chosen) <= set(watch.ended):
+        if watch.over() or not watch.left():
             return
-        watch.running, watch.until = "", selection.ends
+        watch.again()
 
 
-def _told(
-    checkout: Path, files: list[Path], selection: Selection, until: Callable[[], float | None]
-) -> Generator[Event]:
-    """What one process tells; raises _Late, and _Died if it ends before its work."""
+def _told(checkout: Path, files: list[Path], selection: Selection, watch: _Watch) -> Generator[Event]:
+    """What one process tells, of which `watch` hears; raises _Late, and _Died if it ends before its work."""
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "fedmoe.profiling.bench_events", str(writer), str(checkout), selection.to_json()]
     command += [*PYTEST, *map(str, files)]
@@ -145,7 +153,7 @@ def _told(
         try:
             with handling(stop):
                 told = False
-                for line in _lines(pipe, until):
+                for line in _lines(pipe, lambda: watch.until):
                     told = True
                     yield json.loads(line)
                 code = child.wait()
@@ -154,8 +162,10 @@ def _told(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        # Done; some failed, which Python's own failures give as well; a file cannot be read; nothing is chosen.
-        if not told or code not in (0, 1, 2, 5):
+        # Done; some failed, which Python's own failures give as well; nothing is chosen.
+        if not told or code not in (0, 1, 5) or watch.left():
+            if told and code in (0, 1, 2):  # its last words are of something else
+                raise _Died(f"pytest ended with code {code} before it was done")
             said.seek(0)
             words = [line.strip() for line in said if line.strip()] or ["it said nothing"]
             errors = [line for line in words if "error: " in line.lower()]  # where it was started comes after

@@ -67,8 +67,8 @@ class Events:
             self._tell(event="end", name=name, outcome=outcome, reason=_why(report), rows=rows)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file cannot be read."""
-        if report.failed:
+        """A file cannot be read; another process has no need to say so again."""
+        if report.failed and report.nodeid not in self._selection.skip:
             self._tell(event="end", name=report.nodeid, outcome="failed", reason=_why(report), rows=[])
 
     def _tell(self, **event: Any) -> None:

@@ -435,15 +435,40 @@ def test_before(gpu_benchmark):
     gpu_benchmark({"quick": lambda: 1})
 def test_fatal(gpu_benchmark):
     os.kill(os.getpid(), signal.SIGSEGV)
+def test_silent(gpu_benchmark):
+    os._exit(0)
 def test_after(gpu_benchmark):
     gpu_benchmark({"quick": lambda: 1})
 """)
-    with pytest.raises(UserError, match=r"^1 of 3 benchmarks failed: fatal: pytest was ended by SIGSEGV: "):
+    unread = "tests/bench/test_sample_two.py"
+    (checkout / unread).write_text("import nothing_of_that_name")
+    with pytest.raises(UserError, match=r"^3 of 5 benchmarks failed: "):
         bench.run(None, "", checkout / "report.json", None, checkout)
     report = json.loads((checkout / "report.json").read_text())
     told = [(b["name"], b["outcome"], [row["status"] for row in b["rows"]]) for b in report["benchmarks"]]
-    assert told == [("before", "passed", ["timed"]), ("fatal", "failed", []), ("after", "passed", ["timed"])]
+    assert told == [
+        (unread, "failed", []),
+        ("before", "passed", ["timed"]),
+        ("fatal", "failed", []),
+        ("silent", "failed", []),
+        ("after", "passed", ["timed"]),
+    ]
+    reasons = [b["reason"] for b in report["benchmarks"]]
+    assert reasons[2].startswith("pytest was ended by SIGSEGV: ")
+    assert reasons[3] == "pytest ended with code 0 before it was done"
     assert "quick" in capsys.readouterr().out
+
+
+def test_process_that_ends_between_benchmarks_costs_the_one_before() -> None:
+    """Which was being torn down; and where none had begun, all: another process would fare no better."""
+    watch = benchprocess._Watch(Selection())
+    watch.hear({"event": "environment", "device": "cpu"})
+    watch.hear({"event": "collected", "chosen": ["a", "b", "c"]})
+    watch.hear({"event": "begin", "name": "a"})
+    watch.hear({"event": "end", "name": "a"})
+    assert [event["name"] for event in watch.died("")] == ["a"] and watch.left() == ["b", "c"]
+    watch.again()
+    assert [event["name"] for event in watch.died("")] == ["b", "c"] and watch.left() == []
 
 
 def test_benchmark_that_may_need_more_than_is_left_does_not_begin(checkout: Path) -> None:
