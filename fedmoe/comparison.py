@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -48,11 +49,17 @@ def run(configs: tuple[Config, Config], rounds: int, warmup: int, as_json: bool)
             progress.update(task, description=f"round {number + 1 - warmup} of {rounds}", advance=1)
     made = differences(*found)
     changed = list(_changes(*configs))
+    alone = {name: _alone(found[k], found[1 - k]) for k, name in enumerate(NAMES)}
     if as_json:
         rows = [asdict(row) | {"exceeds_noise": row.exceeds_noise} for row in made]
-        print(json.dumps({"configuration": changed, "rounds": rounds, "differences": rows}, indent=1))
+        told = {"configuration": changed, "rounds": rounds, "differences": rows, "only_in": alone}
+        print(json.dumps(told, indent=1))
         return
     _print(console, changed, made, rounds)
+    for name, seconds in alone.items():
+        if seconds:
+            words = ", ".join(f"{phase.removeprefix('in ')} ({1e3 * took:,.1f} ms)" for phase, took in seconds.items())
+            console.print(f"in {name} only: {words}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _round(one: Subject, evaluated: bool) -> dict[str, float]:
@@ -68,6 +75,16 @@ def _round(one: Subject, evaluated: bool) -> dict[str, float]:
     taken = {"round": seconds["round"], "train": seconds["train"], "evaluate": seconds["evaluate"]}
     inside = {f"in {phase}": took for phase, took in recorder.exclusive.items() if phase != ELSEWHERE}
     return taken | {"samples/s": samples / seconds["train"]} | inside
+
+
+def _alone(mine: list[dict[str, float]], others: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of the phases that are in every round of the one and in none of the other, without a ratio."""
+    names = [name for name in mine[0] if all(name in round for round in mine)]
+    return {
+        name: statistics.median(round[name] for round in mine)
+        for name in names
+        if not any(name in round for round in others)
+    }
 
 
 def _changes(first: Config, second: Config) -> Iterator[tuple[str, str, str]]:

@@ -1,6 +1,7 @@
 """Comparing two runs: what exceeds the noise and what does not, and the command that shows it."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def test_what_is_slower_in_one_is_named(
     assert rows["round"]["ratio"] > 1 and rows["samples/s"]["ratio"] < 1
     comparison.run((small, small), 6, 0, as_json=False)
     said = capsys.readouterr().out
-    assert "A and B are configured alike" in said and "in backward" in said
+    assert "A and B are configured alike" in said and "in backward" in said and "only" not in said
+
+
+def test_a_phase_that_only_one_has_is_told(small: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison.run((changed(small, method="local"), small), 6, 0, as_json=False)
+    assert re.search(r"^in B only: global \(\d+\.\d ms\), gate \(\d+\.\d ms\)$", capsys.readouterr().out, re.M)
 
 
 def test_the_command(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
