@@ -141,6 +141,8 @@ def test_damaged_metrics_are_one_line(trained: Path, fedmoe: Callable[..., Done]
         ({"accuracy": 0.5}, "TypeError"),
         ({"seconds": {"round": 1.0}}, "KeyError: 'train'"),
         ({"parts": {"x": 2}}, "ValueError"),
+        ({"rejected": {"4": "odd"}}, "are not clients of 0 to 3"),
+        ({"rejected": ["1"]}, "AttributeError"),
         ({"round": 3}, "has no line of round 2, the checkpoint does"),
     ],
 )
@@ -232,7 +234,10 @@ def test_who_was_left_out_is_named() -> None:
     first = s.rounds[6].rolled_back[0]
     assert f"7{first}47" in words and "left out of the average 2 times" in words
     [client] = s.rounds[49].parts
-    assert f"50{client} (in 2)3" in words
+    [(other, why)] = s.rounds[49].rejected.items()
+    assert f"50{other} ({why})krum needs 5 results, 4 were fit to count{client} (in 2)3" in words
+    assert "rejected 1 result of clients" in words and "In 1 round the global expert stayed" in words
+    assert "θ staysbatches in parts" in words, "a column of nothing"
 
 
 def test_the_cost_of_an_accuracy() -> None:
