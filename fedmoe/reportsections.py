@@ -233,7 +233,7 @@ class ReportSections:
             parts = [f"{client} (in {count})" for client, count in r.parts.items()]
             said = [_listed(r.rolled_back), _listed(rejected, 5), r.kept, _listed(r.not_finite), _listed(parts)]
             rows.append([str(r.number), *said, str(r.skipped) if r.skipped else ""])
-        head = "round|rolled back|rejected|θ stays|test loss not finite|batches in parts|steps skipped".split("|")
+        head = ["round", "rolled back", "rejected", "θ stays", "loss not finite", "batches in parts", "steps skipped"]
         told = [i for i in range(len(head)) if any(row[i] for row in rows)]
         head, rows = [head[i] for i in told], [[row[i] for i in told] for row in rows]
         notes = configfile.ignored(s.config)
