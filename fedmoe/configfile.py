@@ -221,7 +221,7 @@ def effective(config: Config) -> Config:
 def with_values(config: C, values: Mapping[str, Any]) -> C:
     """`config` with fields replaced, by their dotted names."""
     if isinstance(config, dict):
-        return config | dict(values)
+        return {**config, **values}  # type: ignore[return-value]
     own = {name: value for name, value in values.items() if "." not in name}
     for section in {name.partition(".")[0] for name in values if "." in name}:
         inner = {name.removeprefix(f"{section}."): v for name, v in values.items() if name.startswith(f"{section}.")}
