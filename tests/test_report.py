@@ -98,13 +98,18 @@ def test_a_target_and_what_it_took(trained: Path, fedmoe: Callable[..., Done], t
     [
         (["--target", "1.5"], "--target is 1.5, must be an accuracy, more than 0 and at most 1"),
         (["--target", "nan"], "--target is nan, must be an accuracy, more than 0 and at most 1"),
-        (["--out", "no/such/file.html"], "--out is no/such/file.html, must be a file in a folder that exists"),
-        (["--out", "."], "--out is ., must be a file in a folder that exists"),
+        (["--out", "no/such/file.html"], "no/such is not a folder that can be written to: choose another --out"),
+        (["--out", "."], ". cannot be written: it is there and no page: choose another --out"),
+        (["--out", "mine.toml"], "mine.toml cannot be written: it is there and no page"),
         (["--profile", "nowhere"], "nowhere/profile.json: cannot be read: No such file or directory"),
     ],
 )
-def test_what_cannot_be_meant(trained: Path, fedmoe: Callable[..., Done], words: list[str], line: str) -> None:
+def test_what_cannot_be_meant(
+    trained: Path, fedmoe: Callable[..., Done], tmp_path: Path, words: list[str], line: str
+) -> None:
+    (tmp_path / "mine.toml").write_text("seed = 1")
     assert line in fedmoe("report", trained, *words).one_line(2 if "target" in line else 1)
+    assert (tmp_path / "mine.toml").read_text() == "seed = 1"
 
 
 def test_no_run(fedmoe: Callable[..., Done], tmp_path: Path) -> None:
