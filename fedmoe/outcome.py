@@ -51,7 +51,7 @@ class Round:
     accuracy: Over | None = None
     """On held-out samples, with the client's own global expert (personalized)."""
     aggregated: Over | None = None
-    """With the newly averaged one."""
+    """With the newly aggregated one."""
     test_loss: Over | None = None
 
 
