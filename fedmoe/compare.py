@@ -1,7 +1,6 @@
 """`fedmoe compare RUN RUN ...`: runs side by side, and which of their differences exceed the noise."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from fedmoe.comparetable import show
 from fedmoe.contrast import contrast
 from fedmoe.display import Output
 from fedmoe.errors import UsageError, UserError
-from fedmoe.files import write_atomic
+from fedmoe.files import check_page, write_atomic
 from fedmoe.variants import read
 
 
@@ -25,7 +24,7 @@ def run(
     if number is not None and number < 1:
         raise UsageError(f"--round is {number}, must be at least 1")
     if out is not None:
-        _check_writable(out)
+        check_page(out)
     report, variants = contrast([read(folder) for folder in _runs(folders)], number, target)
     if as_json:
         print(json.dumps(report.to_json(), indent=1), flush=True)
@@ -36,17 +35,6 @@ def run(
 
         write_atomic(out, page(report, variants).encode())
         Output(stderr=as_json).print(f"page: {out}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _check_writable(out: Path) -> None:
-    """Raise UserError unless a page can be written to `out`: before the work, not after."""
-    above, why = out.absolute().parent, None
-    if out.exists() and not (out.is_file() and out.read_bytes()[:9] == b"<!DOCTYPE"):
-        why = "it is there and no page"
-    elif not (above.is_dir() and os.access(above, os.W_OK)):
-        why = f"{above} is not a folder that can be written to"
-    if why is not None:
-        raise UserError(f"{out} cannot be written: {why}: choose another --out")
 
 
 def _runs(folders: Sequence[Path]) -> Iterator[Path]:

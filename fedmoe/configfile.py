@@ -31,6 +31,9 @@ LARGEST = {
 }
 """Limits below the general ones, 2**31 - 1 for whole numbers and 1e6 for others: more cannot be meant."""
 
+OPTIONS = "partition.options."
+"""What the name of a partitioner's option begins with, which is any."""
+
 FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"} | {
     f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")
 }
@@ -60,8 +63,8 @@ def build(content: dict[str, Any]) -> Config:
 def option(word: str) -> str:
     """The field that the option `word` sets, as --section.field, with =value or not; UsageError if there is none."""
     key = word[2:].partition("=")[0].replace("-", "_")
-    bare = re.sub(r"^((?:\w+\.)*)no_", r"\1", key)
-    if bare not in _names(Config):
+    bare = key if key.startswith(OPTIONS) else re.sub(r"^((?:\w+\.)*)no_", r"\1", key)
+    if bare not in _names(Config) and bare.removeprefix(OPTIONS) in (bare, ""):
         raise UsageError(_unknown(word.partition("=")[0], bare))
     return bare
 
@@ -92,8 +95,7 @@ def override(config: Config, words: list[str], command: str = "train", does: str
         if stop.code in (0, None):
             raise
         raise UsageError(_one_line(complaint.getvalue())) from None
-    partition = made.partition
-    return dataclasses.replace(made, partition=dataclasses.replace(partition, options=partition.options | options))
+    return with_values(made, {OPTIONS + name: value for name, value in options.items()})
 
 
 def save(config: Config) -> bytes:
@@ -134,12 +136,6 @@ def check(config: Config) -> None:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
-    try:
-        json.dumps(config.partition.options, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"partition.options must hold text, finite numbers, true or false, and lists: {error}"
-        ) from error
     kind, column = config.partition.kind, config.partition.column
     if kind not in PARTITIONS and not kind.endswith("Partitioner"):
         raise UserError(
@@ -224,6 +220,8 @@ def effective(config: Config) -> Config:
 
 def with_values(config: C, values: Mapping[str, Any]) -> C:
     """`config` with fields replaced, by their dotted names."""
+    if isinstance(config, dict):
+        return {**config, **values}  # type: ignore[return-value]
     own = {name: value for name, value in values.items() if "." not in name}
     for section in {name.partition(".")[0] for name in values if "." in name}:
         inner = {name.removeprefix(f"{section}."): v for name, v in values.items() if name.startswith(f"{section}.")}
@@ -233,6 +231,8 @@ def with_values(config: C, values: Mapping[str, Any]) -> C:
 
 def parse(name: str, word: str) -> Any:
     """The value of field `name` that a word gives; `+` joins the entries of a list. UserError if it does not fit."""
+    if name.startswith(OPTIONS):
+        return _option(name, word)
     kind: Any = Config
     for part in name.split("."):
         kind = typing.get_type_hints(kind)[part]
@@ -256,21 +256,35 @@ def shown(value: Any) -> str:
 
 def _options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """`words` without `--partition.options.NAME VALUE`, and those values by name: as TOML if they are, else as text."""
-    rest, options, prefix = [], {}, "--partition.options."
-    words = list(words)
+    rest, options, words = [], {}, list(words)
     while words:
         word, equals, value = words.pop(0).partition("=")
-        if not word.startswith(prefix):
+        if not word.startswith(f"--{OPTIONS}"):
             rest.append(word + equals + value)
             continue
         if not equals and not words:
             raise UsageError(f"{word} has no value")
-        value = value if equals else words.pop(0)
-        try:
-            options[word[len(prefix) :].replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
-        except ValueError:
-            options[word[len(prefix) :].replace("-", "_")] = value
+        name = option(word)
+        options[name.removeprefix(OPTIONS)] = _option(name, value if equals else words.pop(0))
     return rest, options
+
+
+def _option(name: str, word: str) -> Any:
+    """The value of a partitioner's option: as TOML if the word is some, else as text."""
+    try:
+        value = tomllib.loads(f"value = {word}")["value"]
+    except ValueError:
+        value = word
+    return _storable(name, value)
+
+
+def _storable(name: str, value: Any) -> Any:
+    """`value`, if the files of a run can hold it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} must hold text, finite numbers, true or false, and lists: {error}") from error
+    return value
 
 
 def _build(cls: type[C], table: dict[str, Any], prefix: str) -> C:
@@ -301,7 +315,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         raise UserError(f"{name} is {value!r}, must be a list of strings")
     if typing.get_origin(kind) is dict:
         if isinstance(value, dict):
-            return value
+            return _storable(name, value)
         raise UserError(f"{name} is {value!r}, must be a table: write [{name}] and its keys below")
     if kind is float and type(value) is int:
         return float(value)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedmoe.errors import UserError
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -15,6 +17,22 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_page(out: Path) -> None:
+    """Raise UserError unless a page can be written to `out`, over an older one but nothing else: before the work."""
+    above, why = out.absolute().parent, None
+    if out.exists() and not (out.is_file() and _head(out) in (b"", b"<!DOCTYPE")):
+        why = "it is there and no page"
+    elif not (above.is_dir() and os.access(above, os.W_OK)):
+        why = f"{above} is not a folder that can be written to"
+    if why is not None:
+        raise UserError(f"{out} cannot be written: {why}: choose another --out")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(9)
 
 
 def write(path: Path, content: bytes) -> None:

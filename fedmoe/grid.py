@@ -54,7 +54,8 @@ class Grid:
             chosen = dict(zip(self.axes, values, strict=True))
             config = configfile.with_values(self.base, chosen)
             unused = configfile.unused(config)
-            told = {name: value for name, value in chosen.items() if name not in unused}
+            idle = tuple(f"{name}." for name in unused)
+            told = {name: value for name, value in chosen.items() if not f"{name}.".startswith(idle)}
             effective = configfile.effective(config)
             combinations.setdefault(configfile.save(effective), (effective, told))
         of_data = [config.data for config, _ in combinations.values()]
@@ -135,8 +136,11 @@ def _alternatives(name: str, option: list[str]) -> list[Any]:
     word, equals, inline = option[0].partition("=")
     values = [*([inline] if equals else []), *option[1:]]
     default = configfile.flat(Config()).get(name)
+    free = name.startswith(configfile.OPTIONS)
     listed = any("," in v or (isinstance(default, tuple) and "+" in v) for v in values)
-    if default is None or not (listed or (isinstance(default, bool) and values)):
+    if free and len(values) == 1 and configfile.parse(name, values[0]) != values[0]:  # TOML, such as the list [2, 3]
+        return []
+    if (default is None and not free) or not (listed or (isinstance(default, bool) and values)):
         return []
     if len(values) > 1:
         raise UsageError(
@@ -147,7 +151,8 @@ def _alternatives(name: str, option: list[str]) -> list[Any]:
     if not all(pieces):
         raise UsageError(f"{word} {values[0]}: one of the alternatives is empty")
     try:
-        return list(dict.fromkeys(configfile.parse(name, piece) for piece in pieces))
+        found = [configfile.parse(name, piece) for piece in pieces]
+        return [value for i, value in enumerate(found) if value not in found[:i]]
     except UserError as error:
         raise UsageError(str(error)) from None
 

@@ -37,6 +37,10 @@ class Round:
     """Joules, where they are known."""
     sampled: list[int]
     rolled_back: list[int]
+    rejected: dict[int, str] = field(default_factory=dict)
+    """Clients whose result the server did not take, and why."""
+    kept: str = ""
+    """Why the global expert stayed as it was, where it did."""
     not_finite: list[int] = field(default_factory=list)
     """Clients whose test loss is not."""
     parts: dict[int, int] = field(default_factory=dict)
@@ -47,7 +51,7 @@ class Round:
     accuracy: Over | None = None
     """On held-out samples, with the client's own global expert (personalized)."""
     aggregated: Over | None = None
-    """With the newly averaged one."""
+    """With the newly aggregated one."""
     test_loss: Over | None = None
 
 
@@ -126,7 +130,7 @@ def _mean(r: Round) -> float:
 def _round(line: Line, clients: int) -> Round:
     seconds, each = line["seconds"], line["clients"]
     evaluated = _ids(line.get("evaluated", []), clients)
-    joules = line.get("energy_j")
+    joules, rejected = line.get("energy_j"), line.get("rejected", {})
     return Round(
         number=line["round"],
         loss=_maybe(line["loss"]),
@@ -139,6 +143,8 @@ def _round(line: Line, clients: int) -> Round:
         energy=joules if isinstance(joules, int | float) else None,
         sampled=_ids(line["sampled"], clients),
         rolled_back=_ids(line["rolled_back"], clients),
+        rejected=dict(zip(_ids(list(map(int, rejected)), clients), map(str, rejected.values()), strict=True)),
+        kept=str(line.get("kept", "")),
         not_finite=_ids(line.get("not_finite", []), clients),
         parts={int(client): int(parts) for client, parts in line.get("parts", {}).items()},
         skipped=int(_number(line.get("skipped", 0))),

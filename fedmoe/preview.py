@@ -17,8 +17,8 @@ from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.data import Dataset
 from fedmoe.display import MANY, Output, warn
-from fedmoe.errors import UsageError, UserError
-from fedmoe.files import write_atomic
+from fedmoe.errors import UsageError
+from fedmoe.files import check_page, write_atomic
 from fedmoe.partition import Split
 from fedmoe.partitionfigure import partition_figure
 
@@ -93,9 +93,7 @@ def run(config: Config, as_json: bool, out: Path | None) -> None:
     if out is not None:
         if out.suffix != ".html":
             raise UsageError(f"--out {out}: the picture is a page: name it .html")
-        if out.is_dir() or not out.absolute().parent.is_dir():
-            why = "is a folder" if out.is_dir() else f"{out.parent} is no folder"
-            raise UserError(f"--out {out}: {why}: name a file in a folder that exists")
+        check_page(out)
     configfile.check(config)
     for line in configfile.ignored(config):
         if line.startswith("partition."):

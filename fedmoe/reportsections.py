@@ -227,23 +227,33 @@ class ReportSections:
 
     def _left_out(self) -> str:
         s, rows = self._s, list[Row]()
-        lines = [r for r in s.rounds if r.rolled_back or r.not_finite or r.parts or r.skipped]
+        lines = [r for r in s.rounds if r.rolled_back or r.rejected or r.kept or r.not_finite or r.parts or r.skipped]
         for r in lines[-LISTED:]:
+            rejected = [f"{client} ({why})" for client, why in r.rejected.items()]
             parts = [f"{client} (in {count})" for client, count in r.parts.items()]
-            said = [_listed(r.rolled_back), _listed(r.not_finite), _listed(parts)]
+            said = [_listed(r.rolled_back), _listed(rejected, 5), r.kept, _listed(r.not_finite), _listed(parts)]
             rows.append([str(r.number), *said, str(r.skipped) if r.skipped else ""])
-        head = ["round", "rolled back", "test loss not finite", "batches in parts", "steps skipped"]
+        head = ["round", "rolled back", "rejected", "θ stays", "loss not finite", "batches in parts", "steps skipped"]
+        told = [i for i in range(len(head)) if any(row[i] for row in rows)]
+        head, rows = [head[i] for i in told], [[row[i] for i in told] for row in rows]
         notes = configfile.ignored(s.config)
         if times := sum(len(r.rolled_back) for r in lines):
             why = "their training loss or a weight was not finite"
             notes.append(f"Clients were rolled back and left out of the average {times:,} times: {why}")
+        if times := sum(len(r.rejected) for r in lines):
+            notes.append(f"The server rejected {_count(times, 'result')} of clients, not fit to count")
+        if times := sum(bool(r.kept) for r in lines):
+            notes.append(
+                f"In {_count(times, 'round')} the global expert stayed as it was: too few results were fit to count"
+            )
         if times := sum(bool(r.not_finite) for r in lines):
             notes.append(f"In {times:,} rounds a client's test loss was not finite: it counts in no mean")
         if len(lines) > LISTED:
             notes.append(f"The last {LISTED} of {len(lines)} such rounds")
         if not notes and s.rounds:
             notes.append("None")
-        made = table("Clients left out, by round", head, rows, words=(0, 1, 2, 3)) if rows else ""
+        words = tuple(i for i, name in enumerate(head) if name != "steps skipped")
+        made = table("Clients left out, by round", head, rows, words=words) if rows else ""
         return paragraphs(notes) + made
 
     def _model(self, client: int) -> str:

@@ -18,7 +18,7 @@ from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, summary, warn
 from fedmoe.errors import OutputLost, UsageError, UserError
-from fedmoe.files import write_atomic
+from fedmoe.files import check_page, write_atomic
 from fedmoe.partition import Split
 from fedmoe.rounds import Whole, evaluation, run_rounds
 
@@ -131,8 +131,8 @@ def write_report(run: Path, out: Path | None, target: float | None, profile: Pat
     """
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target is {target}, must be an accuracy, more than 0 and at most 1")
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UserError(f"--out is {out}, must be a file in a folder that exists")
+    if out is not None:
+        check_page(out)
     config = _open(run)
     shown = report.read_profile(profile) if profile else None
     # Others may look at the run meanwhile, unless the report is written into its folder.

@@ -118,6 +118,11 @@ def _told(run: Trained, runs: Sequence[Trained]) -> dict[str, str]:
     """All that may tell a run from others: its fields, and its place."""
     flat, unused = configfile.flat(run.config), configfile.unused(run.config)
     values = {name: "" if name in unused else configfile.shown(value) or "''" for name, value in flat.items()}
+    idle, options = "partition.options" in unused, run.config.partition.options
+    del values["partition.options"]
+    for name in sorted({name for other in runs for name in other.config.partition.options}):
+        known = configfile.shown(options[name]) or "''" if name in options else "default"
+        values[f"{configfile.OPTIONS}{name}"] = "" if idle else known
     if len({other.environment["data"] for other in runs}) == 1:  # wherever it lies
         del values["data.name"]
     del values["seed"], values["run.dir"]

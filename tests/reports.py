@@ -44,6 +44,8 @@ def lines(clients: int, rounds: int, seed: int = 0, aggregated: bool = True) -> 
         if aggregated:
             line["accuracy_aggregated"] = spread((0.93 * accuracy).tolist())
         if number % 100 == 50:
+            why = "1 of the 10 numbers of 'theta' are not finite"
+            line |= {"rejected": {str(sampled[1]): why}, "kept": "krum needs 5 results, 4 were fit to count"}
             line |= {"parts": {str(sampled[-1]): 2}, "skipped": 3}
         made.append(line)
     return made

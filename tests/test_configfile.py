@@ -184,13 +184,19 @@ def test_options_of_partitioners(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(UsageError, match=r"--partition\.options.mode has no value"):
         override(config, ["--partition.options.mode"])
+    with pytest.raises(UsageError, match=r"unknown key '--partition\.options\.'"):
+        override(config, ["--partition.options.", "3"])
+    for word in ("nan", "1979-05-27"):
+        path.write_text(f"[partition.options]\na = {word}\n")
+        with pytest.raises(UserError, match=r"partition.options must hold text, finite numbers"):
+            read(path)
+        with pytest.raises(UserError, match=r"partition.options.a must hold text, finite numbers"):
+            override(config, [f"--partition.options.a={word}"])
     for partition, expected in (
         (
             {"kind": "random"},
             "partition.kind is 'random', must be one of pathological, dirichlet, iid, natural, or the",
         ),
-        ({"options": {"a": float("nan")}}, "partition.options must hold text, finite numbers"),
-        ({"options": {"a": Path()}}, "partition.options must hold text, finite numbers"),
         ({"kind": "natural"}, "partition.column is empty, must name a column of the data"),
     ):
         with pytest.raises(UserError, match=expected):

@@ -1,5 +1,6 @@
 """Every command that the README and the documentation show works as shown; the site builds without a warning."""
 
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import pytest
 
 from docs import reference
 from fedmoe.config import Config
-from tests.support import ROOT, Command
+from tests.support import ROOT, SMALL, Command
 
 NOT_RUN = ("make", ".", "pip")
 """Programs of a fresh machine: the test is in what they make."""
@@ -70,6 +71,17 @@ def test_readme_names_every_command_and_no_other() -> None:
     assert commands is not None
     named = re.findall(r"^\| `fedmoe (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert named == list(commands)
+
+
+def test_what_a_run_leaves_is_documented(tmp_path: Path) -> None:
+    done = Command(tmp_path, "train", *SMALL, "--evaluation.aggregated", "--run.dir", "a").wait()
+    assert done.code == 0, done
+    page = (ROOT / "docs" / "first-run.md").read_text().partition("## The run folder")[2].partition("## Repro")[0]
+    files, keys = (set(re.findall(r"`([^`]+)`", part)) for part in page.split("## Metrics"))
+    made = {path.name + "/" * path.is_dir() for path in (tmp_path / "a").iterdir()} - {".lock"}
+    assert {re.sub(r"^events\..+", "events.*", name) for name in made} <= files
+    line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line.keys() | line["clients"].keys() | line["seconds"].keys() <= keys
 
 
 def test_every_field_has_a_docstring_and_is_in_the_reference() -> None:

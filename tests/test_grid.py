@@ -54,6 +54,22 @@ def test_values_of_every_type() -> None:
     )
 
 
+def test_options_of_partitioners_take_alternatives() -> None:
+    words = ["--partition.kind", "ShardPartitioner,iid", "--partition.options.mode=strict"]
+    size, sizes = "--partition.options.shard-size", "--partition.options.sizes"
+    found = grid(*words, size, "2,3", sizes, "[1, 2]").runs()
+    assert [run.name for run in found] == [
+        "partition.kind=ShardPartitioner,partition.options.shard_size=2,seed=0",
+        "partition.kind=ShardPartitioner,partition.options.shard_size=3,seed=0",
+        "partition.kind=iid,seed=0",
+    ]
+    fixed = {"mode": "strict", "sizes": [1, 2]}
+    assert [run.config.partition.options for run in found] == [
+        fixed | {"shard_size": 2}, fixed | {"shard_size": 3}, {},
+    ]  # fmt: skip
+    assert grid(sizes, "[1],[2]").axes == {"partition.options.sizes": [[1], [2]]}
+
+
 def test_words_as_train_takes_them() -> None:
     found = grid("--model.local", "cnn-1", "cnn-2", "--run.no_deterministic", "--training.batch-size", "8", "--seed=4")
     assert found.axes == {} and found.base.model.local == ("cnn-1", "cnn-2")

@@ -90,10 +90,12 @@ def test_from_the_command_line(fedmoe: Fedmoe, tmp_path: Path) -> None:
     too_many = fedmoe("partition", *options, "--federation.clients=5").one_line()
     assert too_many.startswith("partition.column 'writer' has 4 values, federation.clients is 5: lower it to 4")
     assert "name it .html" in fedmoe("partition", "--out=p.png").one_line(2)
-    assert "no is no folder" in fedmoe("partition", "--out=no/p.html").one_line()
+    assert "/no is not a folder that can be written to" in fedmoe("partition", "--out=no/p.html").one_line()
 
 
 def test_a_partition_that_cannot_be_leaves_the_page_as_it_was(fedmoe: Fedmoe, tmp_path: Path) -> None:
-    (tmp_path / "p.html").write_text("mine")
+    (tmp_path / "p.html").write_text("<!DOCTYPE html>mine")
     assert "10000 clients of at least" in fedmoe("partition", "--federation.clients=10000", "--out=p.html").one_line()
-    assert (tmp_path / "p.html").read_text() == "mine"
+    assert (tmp_path / "p.html").read_text() == "<!DOCTYPE html>mine"
+    (tmp_path / "p.html").write_text("mine")
+    assert "it is there and no page" in fedmoe("partition", "--out=p.html").one_line()

@@ -98,13 +98,18 @@ def test_a_target_and_what_it_took(trained: Path, fedmoe: Callable[..., Done], t
     [
         (["--target", "1.5"], "--target is 1.5, must be an accuracy, more than 0 and at most 1"),
         (["--target", "nan"], "--target is nan, must be an accuracy, more than 0 and at most 1"),
-        (["--out", "no/such/file.html"], "--out is no/such/file.html, must be a file in a folder that exists"),
-        (["--out", "."], "--out is ., must be a file in a folder that exists"),
+        (["--out", "no/such/file.html"], "no/such is not a folder that can be written to: choose another --out"),
+        (["--out", "."], ". cannot be written: it is there and no page: choose another --out"),
+        (["--out", "mine.toml"], "mine.toml cannot be written: it is there and no page"),
         (["--profile", "nowhere"], "nowhere/profile.json: cannot be read: No such file or directory"),
     ],
 )
-def test_what_cannot_be_meant(trained: Path, fedmoe: Callable[..., Done], words: list[str], line: str) -> None:
+def test_what_cannot_be_meant(
+    trained: Path, fedmoe: Callable[..., Done], tmp_path: Path, words: list[str], line: str
+) -> None:
+    (tmp_path / "mine.toml").write_text("seed = 1")
     assert line in fedmoe("report", trained, *words).one_line(2 if "target" in line else 1)
+    assert (tmp_path / "mine.toml").read_text() == "seed = 1"
 
 
 def test_no_run(fedmoe: Callable[..., Done], tmp_path: Path) -> None:
@@ -141,6 +146,8 @@ def test_damaged_metrics_are_one_line(trained: Path, fedmoe: Callable[..., Done]
         ({"accuracy": 0.5}, "TypeError"),
         ({"seconds": {"round": 1.0}}, "KeyError: 'train'"),
         ({"parts": {"x": 2}}, "ValueError"),
+        ({"rejected": {"4": "odd"}}, "are not clients of 0 to 3"),
+        ({"rejected": ["1"]}, "AttributeError"),
         ({"round": 3}, "has no line of round 2, the checkpoint does"),
     ],
 )
@@ -232,7 +239,10 @@ def test_who_was_left_out_is_named() -> None:
     first = s.rounds[6].rolled_back[0]
     assert f"7{first}47" in words and "left out of the average 2 times" in words
     [client] = s.rounds[49].parts
-    assert f"50{client} (in 2)3" in words
+    [(other, why)] = s.rounds[49].rejected.items()
+    assert f"50{other} ({why})krum needs 5 results, 4 were fit to count{client} (in 2)3" in words
+    assert "rejected 1 result of clients" in words and "In 1 round the global expert stayed" in words
+    assert "θ staysbatches in parts" in words, "a column of nothing"
 
 
 def test_the_cost_of_an_accuracy() -> None:

@@ -39,6 +39,20 @@ def test_seeds_repeat_a_variant_and_fields_that_differ_name_it(tmp_path: Path) -
     ]
 
 
+def test_options_of_a_partitioner_tell_variants_apart_whatever_their_order(tmp_path: Path) -> None:
+    assert names(
+        tmp_path,
+        {"seed": 0, "partition__kind": "ShardPartitioner", "partition__options": {"a": 2, "b": [1]}},
+        {"seed": 1, "partition__kind": "ShardPartitioner", "partition__options": {"b": [1], "a": 2}},
+        {"seed": 0, "partition__kind": "ShardPartitioner", "partition__options": {"b": [1]}},
+        {"seed": 0, "partition__kind": "iid", "partition__options": {"a": 3}},
+    ) == [
+        ("partition.kind=ShardPartitioner partition.options.a=2", [0, 1]),
+        ("partition.kind=ShardPartitioner partition.options.a=default", [0]),
+        ("partition.kind=iid", [0]),
+    ]
+
+
 def test_what_has_no_effect_makes_no_variant(tmp_path: Path) -> None:
     found = names(
         tmp_path,
