@@ -18,7 +18,7 @@ from fedmoe import config as settings
 from fedmoe.engine.seeds import generator
 from fedmoe.errors import UserError
 from fedmoe.sources import arrays, columnar, local
-from fedmoe.sources.part import Part, Picture, Pixels, Rows, choose, line, regular
+from fedmoe.sources.part import Part, Picture, Pixels, Rows, choose, line, regular, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,7 +74,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
             return torch.from_numpy(_pixels(image, (width, height), "L" if channels == 1 else "RGB").copy())
     except Exception as error:  # whatever Pillow's many decoders raise
         cause = "unknown format" if isinstance(error, UnidentifiedImageError) else line(error)
-        raise UserError(f"{path}: image cannot be decoded ({cause})") from error
+        raise UserError(f"{shown(path)}: image cannot be decoded ({cause})") from error
 
 
 def _load(config: settings.Data, seed: int) -> Dataset:
@@ -131,6 +131,8 @@ def _classes(parts: Sequence[Part]) -> tuple[str, ...]:
     for part in parts:
         if part.classes != names:
             raise UserError(f"{part.name}: other class names than in {parts[0].name}: keep files that agree")
+    if odd := [name for name in names if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise UserError(f"{parts[0].name}: class name {odd[0]!r} is no text that can be written down: rename the class")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{parts[0].name}: two classes are named {twice[0]!r}: give each its own name")
     total = sum(len(part.labels) for part in parts)

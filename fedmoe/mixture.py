@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -121,6 +123,23 @@ class Mixture(nn.Module):
         )
 
 
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    """A lack of memory within the block, for which PyTorch has no type on the CPU, is a user's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("allocate memory|overflowed", str(error)):
+            raise
+        wanted = re.search(r"allocate (\d+) bytes", str(error))
+        size = f" of {int(wanted[1]) / 1e9:.1f} GB" if wanted else ""
+        raise UserError(
+            f"a model needs a tensor{size}, for which there is no memory: lower data.image_size or gate.hidden, or "
+            "choose smaller models"
+        ) from error
+
+
+@_in_memory()
 def build(config: Config, client: int, shape: tuple[int, int, int], classes: int) -> Mixture:
     """Client `client`'s untrained mixture for images of `shape` (channels, height, width).
 

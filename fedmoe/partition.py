@@ -256,9 +256,11 @@ def _flower(
         "seed": seed,
     }
     given = {key: value for key, value in usual.items() if key in takes} | options
-    columns: dict[str, Any] = {"label": labels, "position": np.arange(len(labels))}
-    if (by := given.get("partition_by", "label")) not in columns:
-        columns[str(by)] = column(str(by))
+    by = str(given.get("partition_by", "label"))
+    place = f"{by}/position"  # named as no other column here is
+    columns: dict[str, Any] = {"label": labels, place: np.arange(len(labels))}
+    if by not in columns:
+        columns[by] = column(by)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")  # one warning of several lines for each draw
         try:
@@ -268,7 +270,7 @@ def _flower(
             # slower.
             partitioner.dataset = datasets.Dataset.from_dict(columns)
             shares = [partitioner.load_partition(client) for client in range(clients)]
-            positions = [np.asarray(share[:]["position"], dtype=np.int64) for share in shares]
+            positions = [np.asarray(share[:][place], dtype=np.int64) for share in shares]
         except Exception as error:  # whatever the library raises
             if config.kind == "dirichlet" and isinstance(error, ValueError):
                 raise UserError(

@@ -16,6 +16,7 @@ from fedmoe.data import FORMATS, read_image
 from fedmoe.display import Output
 from fedmoe.errors import UsageError, UserError
 from fedmoe.serving import Served
+from fedmoe.sources.part import shown
 
 BATCH = 64
 """Images that are decoded and predicted at a time."""
@@ -73,7 +74,7 @@ def predictions(served: Served, inputs: Iterable[Path], top: int) -> Iterator[Pr
             both = served.model(torch.stack(images))
         for file, probabilities, weights in zip(files, *both, strict=True):
             if not bool(torch.isfinite(probabilities).all()):
-                yield UserError(f"{file}: the model gives probabilities that are not finite: it has diverged")
+                yield UserError(f"{shown(file)}: the model gives probabilities that are not finite: it has diverged")
                 continue
             best = probabilities.topk(min(top, len(card.classes)))
             names = [card.classes[index] for index in best.indices.tolist()]
@@ -103,13 +104,15 @@ def _found(inputs: Iterable[Path]) -> Iterator[Path | UserError]:
                 inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
                 yield from inside
                 if not inside:
-                    yield UserError(f"{path}: no image files in it")
+                    yield UserError(f"{shown(path)}: no image files in it")
             elif path.is_file():
                 yield path
             else:
-                yield UserError(f"{path}: {'is neither a file nor a folder' if path.exists() else 'does not exist'}")
+                yield UserError(
+                    f"{shown(path)}: {'is neither a file nor a folder' if path.exists() else 'does not exist'}"
+                )
         except OSError as error:
-            yield UserError(f"{path}: {error.strerror}")
+            yield UserError(f"{shown(path)}: {error.strerror}")
 
 
 def _line(prediction: Prediction) -> dict[str, object]:
@@ -129,5 +132,5 @@ def _print(made: list[Prediction], title: str) -> None:
     for prediction in made:
         classes = "  ".join(f"{name} {probability:.3f}" for name, probability in prediction.top)
         weights = [f"{weight:.3f}" for weight in prediction.weights]
-        table.add_row(Text(str(prediction.file)), Text(classes), *weights)
+        table.add_row(Text(shown(prediction.file)), Text(classes), *weights)
     console.print(table)

@@ -91,19 +91,20 @@ class Card:
             config = configfile.build(content.pop("config"))
             configfile.check(config)
             weights = content.pop("weights")
-            card = cls(config=config, weights=weights and Entry(**weights), **content)
+            listed: object = content["classes"]
+            card = cls(config=config, weights=None if weights is None else Entry(**weights), **content)
             channels, height, width = card.shape
             numbers = [channels, height, width, card.client, card.round]
             if not all(type(n) is int and n >= 0 for n in numbers) or min(numbers[:3]) < 1:
                 raise ValueError(f"shape {card.shape}, client {card.client}, round {card.round}")
-            if not card.classes or not all(isinstance(name, str) for name in card.classes):
+            if not listed or not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
                 raise ValueError("classes are not names")
             if card.weights and card.weights.file != WEIGHTS:
                 raise ValueError(f"weights in {card.weights.file!r}")
             return dataclasses.replace(card, shape=(channels, height, width), classes=tuple(card.classes))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: does not describe an export ({what}): export it again") from error
 

@@ -247,6 +247,16 @@ PARTICULAR: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         arrays(classes=np.array(["a", "b", "c"], object)),
         "classes: holds Python objects",
     ),
+    "npz: classes that are not UTF-8": (
+        "npz",
+        arrays(classes=np.array([b"a", b"\xff", b"c"])),
+        "classes: row 1: b'\\xff' is not UTF-8: save it as text",
+    ),
+    "npz: a class of half a letter": (
+        "npz",
+        arrays(classes=np.array(["a", "\ud800", "c"])),
+        "class name '\\ud800' is no text",
+    ),
     "npz: images flat": (
         "npz",
         arrays(x_train=PIXELS[:8].reshape(8, -1)),

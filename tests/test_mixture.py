@@ -161,6 +161,17 @@ def test_experts_of_different_width_are_refused_in_one_line() -> None:
 NARROW = Model(local=("cnn-1", f"{__name__}:make_narrow"), adapter="linear")
 
 
+def test_models_for_which_there_is_no_memory_are_refused_in_one_line() -> None:
+    config = replace(Config(), model=Model(local=("resnet-18",), global_expert="resnet-18"))
+    with pytest.raises(
+        UserError, match=r"a model needs a tensor, for which there is no memory: lower data\.image_size"
+    ):
+        mixture.build(config, 0, (1, 2**31, 2**31), CLASSES)
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 17179869184 bytes."
+    with pytest.raises(UserError, match=r"a tensor of 17\.2 GB"), mixture._in_memory():
+        raise RuntimeError(text)
+
+
 def test_an_adapter_brings_the_global_expert_to_the_local_width() -> None:
     torch.manual_seed(0)
     m, x = made(1, model=NARROW), torch.randn(6, *SHAPE)

@@ -255,6 +255,15 @@ def test_partitioners_of_flwr_datasets_by_name(kind: str, capsys: pytest.Capture
     assert len(splits[0].indices.unique()) == len(splits[0].indices)
 
 
+def test_a_partitioner_takes_a_column_by_any_name() -> None:
+    labels = sorted_labels(240, 6)
+    config = Partition(kind="NaturalIdPartitioner", column="position", min_samples=2)
+    writers = [f"w{row % 6}" for row in range(240)]
+    split = deal(labels, 6, config, 6, 0, column={"position": writers}.__getitem__)
+    for client in range(6):
+        assert len({writers[row] for row in torch.cat([split.train(client), split.test(client)]).tolist()}) == 1
+
+
 def test_partitioners_cannot_be_made_of_anything() -> None:
     labels = sorted_labels(200, 4)
     assert "'MagicPartitioner': flwr-datasets has ContinuousPartitioner, Di" in complaint(

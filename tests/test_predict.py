@@ -76,6 +76,7 @@ def test_what_is_broken_is_told_and_the_rest_predicted(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "b.png").read_bytes()[:-30])
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "deep.png")
     (folder / "none").mkdir()
+    (folder / "e\n\x1b[31m.png").write_bytes(b"")
     inputs = [folder / "nowhere", folder, folder / "none", folder / "notes.txt", Path("/dev/null")]
     made = list(predictions(served("static"), inputs, 1))
     told = [str(answer) for answer in made if isinstance(answer, UserError)]
@@ -83,9 +84,10 @@ def test_what_is_broken_is_told_and_the_rest_predicted(folder: Path) -> None:
     assert told[0] == f"{folder / 'nowhere'}: does not exist"
     assert told[1].startswith(f"{folder / 'cut.png'}: image cannot be decoded (")
     assert told[2] == f"{folder / 'deep.png'}: image cannot be decoded (mode I;16 has more than 8 bits a channel)"
-    assert told[3] == f"{folder / 'none'}: no image files in it"
-    assert told[4] == f"{folder / 'notes.txt'}: image cannot be decoded (unknown format)"
-    assert told[5] == "/dev/null: is neither a file nor a folder" and len(told) == 6
+    assert told[3] == rf"{folder}/e\n\x1b[31m.png: image cannot be decoded (unknown format)"
+    assert told[4] == f"{folder / 'none'}: no image files in it"
+    assert told[5] == f"{folder / 'notes.txt'}: image cannot be decoded (unknown format)"
+    assert told[6] == "/dev/null: is neither a file nor a folder" and len(told) == 7
 
 
 def test_a_model_that_has_diverged_says_so(folder: Path) -> None:

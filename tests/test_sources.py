@@ -89,6 +89,11 @@ def test_arrays_are_found_by_their_names_or_as_the_only_ones(tmp_path: Path, nam
     assert torch.equal(found.images[:, 0], torch.from_numpy(PIXELS))
 
 
+def test_bytes_are_text(tmp_path: Path) -> None:
+    path = sourcefiles.npz(tmp_path, classes=np.array([name.encode() for name in CLASSES]))
+    assert load(path).classes == CLASSES
+
+
 def test_arrays_that_may_be_meant_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, a=PIXELS, b=255 - PIXELS, c=LABELS, d=LABELS)

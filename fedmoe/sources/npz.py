@@ -47,7 +47,7 @@ def parts(path: Path, image: str, label: str) -> dict[str, Callable[[], Part]]:
     if not arrays:
         raise UserError(f"{name}: no arrays in it: fetch it again")
     names = [a for key, a in arrays.items() if key.lower() in CLASSES and a.dtype.kind in "USO" and len(a.shape) == 1]
-    classes = tuple(map(str, _read(path, names[0]).tolist())) if len(names) == 1 else ()
+    classes = tuple(map(str, _column(path, names[0]))) if len(names) == 1 else ()
     splits: dict[str, dict[str, _Array]] = {}
     for array in arrays.values():
         if array not in names:
@@ -154,5 +154,13 @@ def _read(path: Path, array: _Array) -> npt.NDArray[Any]:
 
 
 def _column(path: Path, array: _Array) -> list[object]:
-    values = _read(path, array).reshape(-1)
-    return list(np.char.decode(values, "utf-8").tolist() if values.dtype.kind == "S" else values.tolist())
+    values: list[object] = _read(path, array).reshape(-1).tolist()
+    for row, value in enumerate(values):
+        if isinstance(value, bytes):
+            try:
+                values[row] = value.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{shown(path)}: {array.name}: row {row}: {value!r} is not UTF-8: save it as text"
+                ) from error
+    return values
