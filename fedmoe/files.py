@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedmoe.errors import UserError
@@ -62,6 +62,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises FileExistsError where `path` is there and is not an empty folder, and other OSErrors, each naming a file.
     """
     path = path.absolute()  # "." has no name
+    above = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -74,6 +75,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # others may have put something there meanwhile
+            for folder in above:
+                folder.rmdir()
         raise
     sync_folder(path.parent)
 

@@ -22,7 +22,7 @@ def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
 
 
 def test_what_raises_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "new") as made:
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "above" / "new") as made:
         (made / "a").write_text("1")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
