@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,9 @@ from fedmoe.engine.ranges import phase
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
 from fedmoe.errors import DiskError, OutputLost, UserError
 from fedmoe.metrics import Line, Log, spread
+from fedmoe.profiling.nvml import energy_counter
+from fedmoe.profiling.nvml_device import Unavailable
+from fedmoe.profiling.timing import Meter
 from fedmoe.server import Arrivals, Server
 from fedmoe.signals import handling
 
@@ -67,11 +70,15 @@ def run_rounds(config: Config, run: Path, device: torch.device, whole: Whole | N
                 log.sync()  # the manifest must not be ahead of the metrics
                 writer.submit(done, server.theta, engine.changed())
 
+        meter = energy_counter(device)
         held_up = 0.0  # seconds that checkpoints held training up since the line before
         try:
             for number in range(done + 1, rounds + 1):
+                before = _joules(meter)
                 with _disk(hint):  # states may be in files
                     line, theta = take_round(config, server, engine, number, display)
+                if before is not None and (after := _joules(meter)) is not None:
+                    line["energy_j"] = after - before
                 engine.commit()
                 server.theta, done = theta, number
                 line["seconds"]["checkpoint"] = held_up
@@ -219,6 +226,13 @@ def _told(result: Result, metric: str) -> float | None:
     """What a client says of itself, None where that is nothing or no finite number."""
     value = result.metrics.get(metric)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _joules(meter: Meter | None) -> float | None:
+    """None where nothing counts them, or does no longer."""
+    with suppress(Unavailable):
+        return None if meter is None else meter()
+    return None
 
 
 def _bytes(payload: Payload) -> int:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from fedmoe import checkpoint, metrics
+from fedmoe import checkpoint, metrics, rounds, run
 from fedmoe.client import load_data
+from fedmoe.config import Config
 from fedmoe.configfile import read
 from fedmoe.engine.seam import Job, Result
 from fedmoe.partition import Split
+from fedmoe.profiling.nvml_device import Unavailable
 from fedmoe.reference import ReferenceEngine
-from tests.support import SMALL, Command, Done, begin
+from tests.support import SMALL, Command, Done, begin, changed
 from tests.support import theta as initial
 from tests.test_data import write
 
@@ -290,3 +292,19 @@ def test_many_clients_have_a_short_table(fedmoe: Fedmoe) -> None:
 
 def test_data_is_read_once_for_all_clients(config: Any) -> None:
     assert load_data(config.data, 0) is load_data(config.data, 0)
+
+
+def test_energy_of_a_round_is_there_where_it_is_counted(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a GPU's counter, which may cease to count."""
+    readings = iter([100.0, 107.5, 110.0])
+
+    def joules() -> float:
+        for reading in readings:
+            return reading
+        raise Unavailable("the GPU is lost")
+
+    monkeypatch.setattr(rounds, "energy_counter", lambda device: joules)
+    run.train(changed(config, run={"dir": str(tmp_path / "a"), "threads": 1, "report": False}))
+    assert [line.get("energy_j") for line in metrics.read(tmp_path / "a")] == [7.5, None, None]
