@@ -56,12 +56,14 @@ class Arrivals:
         self._schema = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in theta.items()}
         self._means = {name: RunningMean() for name in theta}
         self._held: list[tuple[Payload, float]] = []
+        self._count = 0
 
     def add(self, result: Result) -> None:
         """Take a result in. One of weight 0 asks to be left out, and one that is not fit to count is."""
         if reason := unfit(result, self._schema):
             self.rejected[result.client] = reason
         elif result.weight > 0:
+            self._count += 1
             if self.rule.aggregation in ("mean", "uniform"):
                 weight = 1.0 if self.rule.aggregation == "uniform" else result.weight
                 for name, mean in self._means.items():
@@ -71,12 +73,13 @@ class Arrivals:
 
     def theta(self) -> Payload:
         """The new theta, by `server.aggregation`; the old one where there is nothing, or too little, to go by."""
-        if self.rule.aggregation in ("mean", "uniform"):
-            return {n: mean.mean() if mean.total > 0 else self._theta[n] for n, mean in self._means.items()}
-        count, least = len(self._held), 2 * self.rule.byzantine + 3 if "krum" in self.rule.aggregation else 1
-        if self._theta and count < least:
-            self.kept = f"{self.rule.aggregation} needs {least} results, {count} were fit to count"
+        least = 2 * self.rule.byzantine + 3 if "krum" in self.rule.aggregation else 1
+        if self._theta and self._count < least:
+            results = "result" if least == 1 else "results"
+            self.kept = f"{self.rule.aggregation} needs {least} {results}, {self._count} were fit to count"
             return self._theta
+        if self.rule.aggregation in ("mean", "uniform"):
+            return {name: mean.mean() for name, mean in self._means.items()}
         weights = [weight for _, weight in self._held]
         return {n: _robust(self.rule, [p[n] for p, _ in self._held], weights, t) for n, t in self._theta.items()}
 
@@ -105,7 +108,9 @@ def _robust(rule: Rule, updates: Sequence[Tensor], weights: Sequence[float], the
     if rule.aggregation == "median":
         return (robust.median_native if native else robust.median)(updates)
     if rule.aggregation == "trimmed_mean":
-        return (robust.trimmed_mean_native if native else robust.trimmed_mean)(updates, trimmed(rule.trim, count))
+        # At least one: a client that was left out already must not leave the others untrimmed.
+        out = min(max(trimmed(rule.trim, count), 1), (count - 1) // 2)
+        return (robust.trimmed_mean_native if native else robust.trimmed_mean)(updates, out)
     if rule.aggregation == "clipped_mean":
         return robust.clipped_mean(updates, weights, theta, rule.clip_norm or None, rule.clip_factor)
     chosen = min(rule.chosen or count - rule.byzantine, count) if rule.aggregation == "multi_krum" else 1

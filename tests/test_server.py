@@ -139,6 +139,26 @@ def test_too_few_for_krum_leave_theta_and_say_so() -> None:
     assert arrivals.theta() is theta and arrivals.kept == "krum needs 5 results, 4 were fit to count"
 
 
+@pytest.mark.parametrize("aggregation", ["mean", "uniform", "median"])
+def test_nothing_to_go_by_leaves_theta_and_says_so(aggregation: str) -> None:
+    theta = {"theta": torch.zeros(4)}
+    arrivals = Arrivals(Rule(aggregation=aggregation), theta)  # type: ignore[arg-type]
+    arrivals.add(replace(results([0.0])[0], weight=0))
+    assert arrivals.theta() is theta and arrivals.kept == f"{aggregation} needs 1 result, 0 were fit to count"
+
+
+def test_a_client_that_is_left_out_does_not_leave_the_others_untrimmed() -> None:
+    """A tenth of ten is one on either side; of the nine that a rejected one leaves it would be none."""
+    arrived = results([1.0] * 10)
+    arrived[0] = replace(arrived[0], payload={"theta": torch.full((4,), torch.nan)})
+    arrived[1] = replace(arrived[1], payload={"theta": torch.full((4,), 1e6)})
+    trimmed = aggregated(arrived, aggregation="trimmed_mean", trim=0.1)
+    assert torch.equal(trimmed, robust.trimmed_mean([r.payload["theta"] for r in arrived[1:]], 1))
+    assert trimmed.abs().max() < 100
+    for few in (1, 2):  # of which none can be spared
+        assert torch.isfinite(aggregated(arrived[-few:], aggregation="trimmed_mean", trim=0.1)).all()
+
+
 def test_mean_holds_nothing_of_a_client() -> None:
     theta = {"theta": torch.zeros(4)}
     for rule, held in ((Rule(), False), (Rule(aggregation="median"), True)):
