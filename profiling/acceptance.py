@@ -82,10 +82,10 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
         **dict.fromkeys(ORDERED.values(), 5),
     },
     "cpu": {
-        "federated_round": 150,
+        "federated_round": 126,
         "checkpoints": 100,
         "bookkeeping": 100,
-        **dict(zip(AVERAGES.values(), (12, 36, 28), strict=True)),
+        **dict(zip(AVERAGES.values(), (12, 60, 28), strict=True)),
         **dict.fromkeys(ORDERED.values(), 12),
     },
 }
