@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedmoe.benchprocess import CHECKOUT, events
 from fedmoe.benchtable import Report, environment, markdown, tables
-from fedmoe.display import Output
+from fedmoe.display import Output, say, widen
 from fedmoe.errors import UsageError, UserError
 from fedmoe.files import write_atomic
 from fedmoe.profiling import acceptance
@@ -57,11 +57,10 @@ def run(
     report["suite"] = suite or "all"
     if suite == ACCEPTANCE:
         report["targets"] = acceptance.judged(report["device"], report["benchmarks"], bool(only))
-    if not console.is_terminal:  # a file has no width that the table must keep
-        console.width = max(console.width, 160)
+    widen(console)
     for table in tables(report):
         console.print(table)
-    console.print(environment(report), markup=False, highlight=False, soft_wrap=True)
+    say(console, environment(report))
     if as_json:  # after the table, which a full disk shall not cost
         write_atomic(as_json, json.dumps(report, indent=1, ensure_ascii=False).encode())
     if as_markdown:
@@ -111,5 +110,5 @@ def _collect(console: Output, checkout: Path, files: list[Path], selection: Sele
                 bar.update(task, advance=1)
                 if not live:
                     text = f"{event['name']}  {event['outcome']}{': ' * bool(event['reason'])}{event['reason']}"
-                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+                    say(console, text)
     return report

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedmoe.comparetable import show
 from fedmoe.contrast import contrast
-from fedmoe.display import Output
+from fedmoe.display import Output, say
 from fedmoe.errors import UsageError, UserError
 from fedmoe.files import check_page, write_atomic
 from fedmoe.variants import read
@@ -34,7 +34,7 @@ def run(
         from fedmoe.comparepage import page
 
         write_atomic(out, page(report, variants).encode())
-        Output(stderr=as_json).print(f"page: {out}", highlight=False, markup=False, soft_wrap=True)
+        say(Output(stderr=as_json), f"page: {out}")
 
 
 def _runs(folders: Sequence[Path]) -> Iterator[Path]:

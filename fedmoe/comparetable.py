@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmoe.contrast import Difference, Report, Row
+from fedmoe.display import say, widen
 
 VARIANTS = ("variant", "seeds", "accuracy", "clients", "lowest", "test loss")
 COSTS = ("rounds", "MB", "TFLOP", "seconds")
@@ -15,8 +16,7 @@ DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict
 
 def show(console: Console, report: Report) -> None:
     """Print all of it, in tables that a terminal of 80 columns has room for."""
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 160)
+    widen(console)
     rows = [cells(row, report) for row in report.variants]
     split = len(VARIANTS)
     console.print(_table(f"held-out accuracy after round {report.round}", VARIANTS, [row[:split] for row in rows]))
@@ -29,7 +29,7 @@ def show(console: Console, report: Report) -> None:
         lines = [against(difference) for difference in report.differences]
         console.print(_table(said, [DIFFERENCES[i] for i in shown], [[line[i] for i in shown] for line in lines]))
     for note in report.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
 
 
 def _table(said: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

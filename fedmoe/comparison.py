@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedmoe import configfile, planning
 from fedmoe.config import Config
-from fedmoe.display import Output
+from fedmoe.display import Output, say, widen
 from fedmoe.engine.device import allow_tf32
 from fedmoe.engine.ranges import observed
 from fedmoe.errors import UsageError
@@ -59,7 +59,7 @@ def run(configs: tuple[Config, Config], rounds: int, warmup: int, as_json: bool)
     for name, seconds in alone.items():
         if seconds:
             words = ", ".join(f"{phase.removeprefix('in ')} ({1e3 * took:,.1f} ms)" for phase, took in seconds.items())
-            console.print(f"in {name} only: {words}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"in {name} only: {words}")
 
 
 def _round(one: Subject, evaluated: bool) -> dict[str, float]:
@@ -96,8 +96,7 @@ def _changes(first: Config, second: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _print(console: Output, changed: list[tuple[str, str, str]], made: list[Difference], rounds: int) -> None:
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 120)
+    widen(console, 120)
     table = Table("configuration", "A", "B", title="what was changed", title_justify="left")
     for words in changed:
         table.add_row(*map(Text, words))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,8 @@ def load(config: settings.Data, seed: int) -> Dataset:
     try:
         return _load(config, seed)
     except OSError as error:
-        raise UserError(f"{line(OSError(error.filename))}: {error.strerror or line(error)}") from error
+        place = shown(Path(os.fsdecode(error.filename or config.name)))
+        raise UserError(f"{place}: {error.strerror or line(error)}") from error
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
@@ -66,15 +68,10 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
 
     Raises UserError naming the file and what is wrong with it.
     """
-    from PIL import Image, UnidentifiedImageError
-
     channels, height, width = shape
-    try:
-        with _quiet(), Image.open(regular(path), formats=FORMATS) as image:
-            return torch.from_numpy(_pixels(image, (width, height), "L" if channels == 1 else "RGB").copy())
-    except Exception as error:  # whatever Pillow's many decoders raise
-        cause = "unknown format" if isinstance(error, UnidentifiedImageError) else line(error)
-        raise UserError(f"{shown(path)}: image cannot be decoded ({cause})") from error
+    with _quiet():
+        pixels = _decoded(path, shown(path), "", (width, height), "L" if channels == 1 else "RGB")
+    return torch.from_numpy(pixels.copy())
 
 
 def _load(config: settings.Data, seed: int) -> Dataset:
@@ -180,18 +177,24 @@ def _images(parts: Sequence[Part], starts: Rows, keep: Rows, size: int) -> Frame
 
 
 def _frame(picture: Picture, size: int, place: str) -> Pixels:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(picture, np.ndarray):
         if not size:
             return picture
         return _pixels(Image.fromarray(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)), size)
+    return _decoded(picture, place, ": repair or remove it", size)
+
+
+def _decoded(source: bytes | Path, place: str, remedy: str, size: int | tuple[int, int], mode: str = "") -> Pixels:
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with Image.open(BytesIO(picture) if isinstance(picture, bytes) else regular(picture), formats=FORMATS) as image:
-            return _pixels(image, size)
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else regular(source), formats=FORMATS) as image:
+            return _pixels(image, size, mode)
     except Exception as error:  # whatever Pillow's many decoders raise
         cause = "unknown format" if isinstance(error, UnidentifiedImageError) else line(error)
-        raise UserError(f"{place}: image cannot be decoded ({cause}): repair or remove it") from error
+        raise UserError(f"{place}: image cannot be decoded ({cause}){remedy}") from error
 
 
 def _stack(frames: Frames, count: int) -> Tensor:

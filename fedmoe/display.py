@@ -27,9 +27,20 @@ class Output(Console):
         raise OutputLost("nobody reads the output any more")
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is, whatever names in it look like, and however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def widen(console: Console, least: int = 160) -> None:
+    """Have room for wide tables where a file takes them, which has no width that they must keep."""
+    if not console.is_terminal:
+        console.width = max(console.width, least)
+
+
 def warn(text: str) -> None:
     """A warning, on the error stream."""
-    Console(stderr=True).print(f"fedmoe: warning: {text}", markup=False, highlight=False, soft_wrap=True)
+    say(Console(stderr=True), f"fedmoe: warning: {text}")
 
 
 class Display:
@@ -108,7 +119,7 @@ class Display:
                 self._say(f"round {number}/{self.rounds}  {'  '.join(figures)}  {self._rate()}  {self._left(number)}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _rate(self) -> str:
         return f"{self._samples / max(self._seconds, 1e-9):,.0f} samples/s"
@@ -141,7 +152,7 @@ def summary(console: Console, config: Config, split: Split, lines: list[Line]) -
         f"{len(lines)} rounds in {whole:,.1f} s, {samples / seconds:,.0f} samples/s while training; "
         f"{sent / 1e6:,.1f} MB up and down; {work} trained"
     )
-    console.print(text, highlight=False, soft_wrap=True)
+    say(console, text)
 
 
 def accuracies(console: Console, config: Config, split: Split, line: Line) -> None:

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from fedmoe import checkpoint, serving
 from fedmoe.config import EXPORTS
-from fedmoe.display import Output, warn
+from fedmoe.display import Output, say, warn
 from fedmoe.errors import UserError
 from fedmoe.experts import reason
 from fedmoe.files import whole_folder, write
@@ -49,7 +49,7 @@ def run(folder: Path, client: int, formats: Sequence[str], aggregated: bool, out
         write(made / serving.CARD, card.to_json().encode())
         sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
     for name, size in sizes.items():
-        Output().print(f"{out / name}  {size / 1e6:,.2f} MB", highlight=False, markup=False, soft_wrap=True)
+        say(Output(), f"{out / name}  {size / 1e6:,.2f} MB")
 
 
 def _write(what: str, served: Served, card: Card, folder: Path) -> Card:

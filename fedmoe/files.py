@@ -19,15 +19,32 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def check_above(folder: Path, option: str) -> Path:
+    """The folder in which `folder` lies or would be made. UserError, naming the option that says where, if it cannot.
+
+    Before the work, not after.
+    """
+    above = next(place for place in [folder, *folder.absolute().parents] if place.exists())
+    if not _writable(above):
+        raise UserError(
+            f"{folder} cannot be made: {above} is not a folder that can be written to: choose another {option}"
+        )
+    return above
+
+
 def check_page(out: Path) -> None:
     """Raise UserError unless a page can be written to `out`, over an older one but nothing else: before the work."""
     above, why = out.absolute().parent, None
     if out.exists() and not (out.is_file() and _head(out) in (b"", b"<!DOCTYPE")):
         why = "it is there and no page"
-    elif not (above.is_dir() and os.access(above, os.W_OK)):
+    elif not _writable(above):
         why = f"{above} is not a folder that can be written to"
     if why is not None:
         raise UserError(f"{out} cannot be written: {why}: choose another --out")
+
+
+def _writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def _head(path: Path) -> bytes:

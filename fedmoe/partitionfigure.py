@@ -37,7 +37,7 @@ def partition_figure(counts: Tensor, classes: Sequence[str], clients: Sequence[s
     ]
     # Or Plotly takes names that are numbers for places.
     axis = {"type": "category", "showgrid": False, "zeroline": False, "automargin": True, "tickmode": "array"}
-    across, down = _ticks(c, 25), _ticks(n, 40)
+    across, down = tick_places(c, 25), tick_places(n, 40)
     short = [label(name, 14, 1) for name in classes]
     layout = {
         "margin": {"l": 10, "r": 10, "t": 34, "b": 10},
@@ -58,6 +58,6 @@ def _large(shares: Tensor) -> float:
     return max(0.001, some[round(0.99 * (len(some) - 1))].item()) if len(some) else 1.0
 
 
-def _ticks(count: int, most: int) -> list[int]:
+def tick_places(count: int, most: int) -> list[int]:
     """Up to `most` places, evenly apart."""
     return list(range(0, count, -(-count // most)))

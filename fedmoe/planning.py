@@ -17,7 +17,7 @@ from fedmoe import configfile, mixture, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
-from fedmoe.display import Output, warn
+from fedmoe.display import Output, warn, widen
 from fedmoe.engine.choices import amount
 from fedmoe.engine.device import prepare
 from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
@@ -162,8 +162,7 @@ def _kept(model: Mixture, shape: tuple[int, int, int], classes: int) -> int:
 
 def _print(console: Console, made: Plan) -> None:
     """The plan as two tables: what is decided and why, and what it takes."""
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 160)
+    widen(console)
     table = Table("field", "decided", "why")
     for name in CHOICES:
         value = getattr(made, name)

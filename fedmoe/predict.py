@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedmoe import serving
 from fedmoe.data import FORMATS, read_image
-from fedmoe.display import Output
+from fedmoe.display import Output, widen
 from fedmoe.errors import UsageError, UserError
 from fedmoe.serving import Served
 from fedmoe.sources.part import shown
@@ -123,8 +123,7 @@ def _line(prediction: Prediction) -> dict[str, object]:
 
 def _print(made: list[Prediction], title: str) -> None:
     console = Output()
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 160)
+    widen(console)
     table = Table(title=Text(title), title_justify="left")
     table.add_column("file", overflow="fold")
     for column in ("classes", "global", "local"):

@@ -16,7 +16,7 @@ from fedmoe import configfile, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.data import Dataset
-from fedmoe.display import MANY, Output, warn
+from fedmoe.display import MANY, Output, say, warn, widen
 from fedmoe.errors import UsageError
 from fedmoe.files import check_page, write_atomic
 from fedmoe.partition import Split
@@ -107,13 +107,12 @@ def run(config: Config, as_json: bool, out: Path | None) -> None:
         return
     show(Output(), preview)
     if out is not None:
-        Output().print(f"picture: {out}", highlight=False, soft_wrap=True, markup=False)
+        say(Output(), f"picture: {out}")
 
 
 def show(console: Console, preview: Preview) -> None:
     """Numbers and a picture in the terminal."""
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 120)
+    widen(console, 120)
     if len(preview.counts) <= MANY:
         console.print(_table(preview))
     console.print(_picture(preview, console.width))

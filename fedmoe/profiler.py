@@ -1,6 +1,5 @@
 """`fedmoe profile`: takes rounds of a federation as training would, and measures them, in a folder that goes after."""
 
-import os
 import shutil
 import sys
 import tempfile
@@ -16,12 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fedmoe import checkpoint, configfile, engines
 from fedmoe.config import Config
-from fedmoe.display import Output
+from fedmoe.display import Output, say
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.ranges import observed
 from fedmoe.engine.seam import Refused, Result
 from fedmoe.errors import UsageError, UserError
-from fedmoe.files import write_atomic
+from fedmoe.files import check_above, write_atomic
 from fedmoe.metrics import Line
 from fedmoe.profiletable import gist
 from fedmoe.profiling import findings, probe, trace
@@ -284,9 +283,7 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
     out = (out or Path(time.strftime("profiles/%Y%m%d-%H%M%S"))).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):  # before the minutes, not after
         raise UserError(f"{out} exists and is not an empty folder: choose another --out")
-    above = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{out} cannot be made: {above} is not a folder that can be written to: choose another --out")
+    above = check_above(out, "--out")
     console = Output(stderr=as_json)
     with measuring(console, above) as (folder, progress):
         record = folder / "memory.pickle" if snapshot else None
@@ -303,7 +300,7 @@ def run(config: Config, rounds: int, warmup: int, out: Path | None, as_json: boo
         write_atomic(out / "trace.json", trace.events(spans, series).encode())
         write_atomic(out / "profile.html", page(profile, spans, series).encode())
     made = "profile.html, profile.json, trace.json (ui.perfetto.dev opens it)"
-    console.print(f"written to {out}: {made}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"written to {out}: {made}")
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedmoe.display import say, widen
 from fedmoe.profiling import profile as profiles
 from fedmoe.profiling.profile import Profile
 
 
 def gist(console: Console, profile: Profile) -> None:
     """Print it."""
-    if not console.is_terminal:  # a file has no width that a table must keep
-        console.width = max(console.width, 120)
+    widen(console, 120)
     gpu = profile.device is not None
     names = ["range", "count", "time", "of the rounds", *(["on the device", "by"] if gpu else [])]
     table = Table(title=Text(profile.title), title_justify="left")
@@ -43,4 +43,4 @@ def gist(console: Console, profile: Profile) -> None:
         for e in profile.energy
     ]
     for line in [*lines, *profile.notes, *(f"→ {finding.text}" for finding in profile.findings)]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)

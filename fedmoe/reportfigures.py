@@ -9,6 +9,7 @@ import numpy as np
 
 from fedmoe.insight import Gated, Pictured
 from fedmoe.outcome import Over, Round
+from fedmoe.partitionfigure import tick_places
 from fedmoe.profiling.figures import APART, AXIS, OTHERS
 from fedmoe.profiling.markup import Figure, digits, label, percent
 
@@ -180,8 +181,8 @@ def gates_by_class(found: Sequence[Gated], classes: Sequence[str]) -> Figure | N
         "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "x": 1.01, "xpad": 0, "nticks": 5},
     }
     axis = {"showgrid": False, "zeroline": False, "automargin": True}
-    ticks = range(0, len(seen), -(-len(seen) // 25))
-    short = {"tickvals": list(ticks), "ticktext": [label(classes[seen[i]], 14, 1) for i in ticks]}
+    ticks = tick_places(len(seen), 25)
+    short = {"tickvals": ticks, "ticktext": [label(classes[seen[i]], 14, 1) for i in ticks]}
     layout = {
         "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
         "xaxis": axis | short | {"title": {"text": "class"}},

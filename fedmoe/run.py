@@ -16,9 +16,9 @@ import fedmoe
 from fedmoe import checkpoint, configfile, engines, metrics, mixture, planning, report
 from fedmoe.client import load_data
 from fedmoe.config import Config
-from fedmoe.display import Output, accuracies, summary, warn
+from fedmoe.display import Output, accuracies, say, summary, warn
 from fedmoe.errors import OutputLost, UsageError, UserError
-from fedmoe.files import check_page, write_atomic
+from fedmoe.files import check_above, check_page, write_atomic
 from fedmoe.partition import Split
 from fedmoe.rounds import Whole, evaluation, run_rounds
 
@@ -139,7 +139,7 @@ def write_report(run: Path, out: Path | None, target: float | None, profile: Pat
     with locked(run, fcntl.LOCK_SH if out else fcntl.LOCK_EX):
         device = _restore(config, run)
         path = report.write(config, run, device, out, target, shown)
-    Output().print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
+    say(Output(), f"written to {path}")
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _finish(config: Config, run: Path, device: torch.device, whole: Whole | None
     console = Output()
     with contextlib.suppress(OutputLost, OSError):  # all is on disk
         summary(console, config, Split.load(run / "partition.safetensors"), metrics.read(run))
-        console.print(f"run folder: {run}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"run folder: {run}")
 
 
 def _check_free(run: Path) -> None:
@@ -206,11 +206,7 @@ def _check_free(run: Path) -> None:
         or ((run / "checkpoints/manifest.json").exists() and checkpoint.read_manifest(run).round)
     ):
         raise UserError(f"{run} exists and is not a run: choose another --run.dir")
-    above = next(folder for folder in [run, *run.absolute().parents] if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(
-            f"{run} cannot be made: {above} is not a folder that can be written to: choose another --run.dir"
-        )
+    check_above(run, "--run.dir")
 
 
 def _open(run: Path) -> Config:

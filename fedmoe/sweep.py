@@ -3,14 +3,12 @@
 import contextlib
 import gc
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,10 +16,10 @@ from fedmoe import checkpoint, configfile
 from fedmoe.comparetable import show
 from fedmoe.config import Config
 from fedmoe.contrast import contrast
-from fedmoe.display import Output, warn
+from fedmoe.display import Output, say, warn
 from fedmoe.errors import DiskError, OutputLost, UserError
 from fedmoe.experts import check_name
-from fedmoe.files import write_atomic
+from fedmoe.files import check_above, write_atomic
 from fedmoe.grid import Grid, Planned
 from fedmoe.rounds import Stopped, Whole
 from fedmoe.run import locked, resume, train
@@ -62,7 +60,7 @@ def run(grid: Grid, folder: Path, as_json: bool, said: str) -> int:
     with interrupting(), _opened(folder, grid, said):
         for number, one in enumerate(planned, start=1):
             try:
-                _tell(console, f"run {number} of {len(planned)}: {one.name}")
+                say(console, f"run {number} of {len(planned)}: {one.name}")
                 torch.set_num_threads(threads)  # a run that asked for others has left them
                 _take(one, folder / one.name, Whole(console, hint))
                 finished.append(read(folder / one.name))
@@ -71,7 +69,7 @@ def run(grid: Grid, folder: Path, as_json: bool, said: str) -> int:
                 raise
             except UserError as failed:
                 error = str(failed)
-                _tell(console, f"failed: {error}")
+                say(console, f"failed: {error}")
             except Stopped:
                 raise
             except (KeyboardInterrupt, OutputLost) as stop:
@@ -96,7 +94,7 @@ def _take(one: Planned, folder: Path, whole: Whole) -> None:
     if done < one.config.federation.rounds:
         resume(folder, None, whole)
     else:
-        _tell(whole.console, f"finished before, {done} rounds")
+        say(whole.console, f"finished before, {done} rounds")
 
 
 @contextlib.contextmanager
@@ -105,11 +103,7 @@ def _opened(folder: Path, grid: Grid, said: str) -> Iterator[None]:
     content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.exists() and (not folder.is_dir() or (FILE not in content and content - {".lock", f".{FILE}.tmp"})):
         raise UserError(f"{folder} exists and is not a sweep: choose another --dir")
-    above = next(place for place in [folder, *folder.absolute().parents] if place.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(
-            f"{folder} cannot be made: {above} is not a folder that can be written to: choose another --dir"
-        )
+    check_above(folder, "--dir")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if (folder / FILE).exists():
@@ -166,7 +160,7 @@ def _close(
             for outcome in failed:
                 table.add_row(Text(outcome.name), Text(outcome.error or ""))
             console.print(table)
-    _tell(console, f"written to {folder}: {FILE}" + f", {PAGE}" * (report is not None))
+    say(console, f"written to {folder}: {FILE}" + f", {PAGE}" * (report is not None))
     return int(any(outcome.error is not None for outcome in outcomes))
 
 
@@ -180,7 +174,3 @@ def _write(
     made = {"said": said, "grid": grid.to_json(), "runs": list(map(asdict, outcomes or [])), "comparison": comparison}
     write_atomic(folder / FILE, json.dumps(made, indent=1, allow_nan=False).encode())
     return made
-
-
-def _tell(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
