@@ -62,7 +62,7 @@ def _runs(variants: Sequence[Variant], number: int) -> str:
             str(run.folder),
             variant.name,
             str(seed),
-            f"{len(run.lines)} of {run.config.federation.rounds}",
+            f"{len(run.rounds)} of {run.config.federation.rounds}",
             f"{statistics.fmean(scores.values()):.4f}" if (scores := run.scores[number]) else "none",
         ]
         for variant in variants

@@ -1,11 +1,10 @@
-"""Reading, overriding, checking and saving a configuration; every complaint is one line."""
+"""Reading, overriding and saving a configuration; every complaint is one line."""
 
 import contextlib
 import dataclasses
 import difflib
 import io
 import json
-import math
 import re
 import tomllib
 import typing
@@ -16,29 +15,13 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 import tyro
 
-from fedmoe.config import PARTITIONS, Config, gate_norms, per_round, trimmed
+from fedmoe.config import Config
 from fedmoe.errors import UsageError, UserError
 
 C = TypeVar("C")
 
-LARGEST = {
-    "seed": 2**63 - 1,
-    "run.threads": 1024,
-    "data.image_size": 4096,
-    "gate.hidden": 2**20,
-    "training.momentum": 0.9999,
-    "engine.lanes": 7,  # with up to four streams each, and the engine's own, of the 32 that PyTorch has
-}
-"""Limits below the general ones, 2**31 - 1 for whole numbers and 1e6 for others: more cannot be meant."""
-
 OPTIONS = "partition.options."
 """What the name of a partitioner's option begins with, which is any."""
-
-FROM_0 = {"seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"} | {
-    f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")
-}
-FROM_0 |= {f"server.{name}" for name in ("trim", "clip_norm", "byzantine", "chosen")}
-"""Numbers that may be 0; all others but `data.mean` must be more."""
 
 
 def read(path: Path) -> Config:
@@ -111,111 +94,6 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
         inner = dataclasses.is_dataclass(value)
         found |= flat(value, f"{prefix}{field.name}.") if inner else {prefix + field.name: value}
     return found
-
-
-def check(config: Config) -> None:
-    """Raise UserError for the first value that cannot be meant."""
-    for name, value in flat(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least, most = 0, LARGEST.get(name, 2**31 - 1 if isinstance(value, int) else 1e6)
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value}, must be a finite number")
-            if abs(value) > most:
-                raise UserError(f"{name} is {value}, must be at most {most}")
-            if name in FROM_0 | {"static_weight"} and value < least:
-                raise UserError(f"{name} is {value}, must be {least} or more")
-            if name not in FROM_0 | {"static_weight", "data.mean"} and value <= least:
-                raise UserError(f"{name} is {value}, must be more than {least}")
-    if config.federation.fraction > 1:
-        raise UserError(f"federation.fraction is {config.federation.fraction}, must be more than 0 and at most 1")
-    if config.partition.test_fraction >= 1:
-        raise UserError(f"partition.test_fraction is {config.partition.test_fraction}, must be between 0 and 1")
-    if config.static_weight > 1:
-        raise UserError(f"static_weight is {config.static_weight}, must be from 0 to 1")
-    if not config.model.local:
-        raise UserError("model.local is empty, must name at least one model, such as cnn-1")
-    if not config.data.name:
-        raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
-    kind, column = config.partition.kind, config.partition.column
-    if kind not in PARTITIONS and not kind.endswith("Partitioner"):
-        raise UserError(
-            f"partition.kind is {kind!r}, must be one of {', '.join(PARTITIONS)}, or the name of a partitioner of "
-            "flwr-datasets, such as ShardPartitioner"
-        )
-    if kind == "natural" and not column:
-        raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
-    gate_norms(config.gate.norm)
-    _check_server(config)
-
-
-def _check_server(config: Config) -> None:
-    s, k = config.server, per_round(config)
-    if s.trim >= 0.5:
-        raise UserError(f"server.trim is {s.trim}, must be less than 0.5: some must be left")
-    if s.aggregation == "trimmed_mean" and trimmed(s.trim, k) == 0:
-        # Rounded up, so that it is enough.
-        advice = f"set at least {math.ceil(1e4 / k) / 1e4}" if k > 2 else "have 3 or more"
-        raise UserError(f"server.trim is {s.trim}, which is none of the {k} clients of a round: {advice}")
-    if s.aggregation in ("krum", "multi_krum") and k < (least := 2 * s.byzantine + 3):
-        raise UserError(
-            f'server.aggregation = "{s.aggregation}" with server.byzantine = {s.byzantine} needs {least} clients a '
-            f"round, federation.clients and federation.fraction give {k}"
-        )
-    if s.aggregation == "multi_krum" and s.chosen > k:
-        raise UserError(f"server.chosen is {s.chosen}, must be at most the {k} clients of a round")
-
-
-def unused(config: Config) -> dict[str, str]:
-    """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
-    shared, shares = ["gate.norm", "gate.hidden"], ["partition.alpha", "partition.classes_per_client"]
-    server, of_server = config.server, [f"server.{field.name}" for field in dataclasses.fields(config.server)]
-    used = {
-        "trimmed_mean": ["trim"],
-        "clipped_mean": ["clip_norm", "clip_factor"],
-        "krum": ["byzantine"],
-        "multi_krum": ["byzantine", "chosen"],
-    }.get(server.aggregation, [])
-    alone = [
-        *shared,
-        "model.global_expert",
-        "model.adapter",
-        "training.theta_momentum",
-        *of_server,
-        "evaluation.aggregated",
-    ]
-    without = {
-        "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
-        "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
-        "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
-        "partition.kind": {
-            "pathological": ["partition.alpha", "partition.column", "partition.options"],
-            "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],
-            "iid": [*shares, "partition.column", "partition.options"],
-            "natural": [*shares, "partition.options"],
-        }.get(config.partition.kind, shares),
-        "engine.kind": {
-            "fast": [],
-            "reference": [name for name in flat(config) if name.startswith("engine.") and name != "engine.kind"],
-        }[config.engine.kind],
-    }
-    values = flat(config)
-    return {name: f"{cause} = {json.dumps(values[cause])}" for cause, names in without.items() for name in names}
-
-
-def ignored(config: Config) -> list[str]:
-    """A line for every field that was set but has no effect in this configuration."""
-    values, defaults = flat(config), flat(Config())
-    return [
-        f"{name} = {values[name]} has no effect with {cause}"
-        for name, cause in unused(config).items()
-        if values[name] != defaults[name]
-    ]
-
-
-def effective(config: Config) -> Config:
-    """The same federation, with every field that has no effect at its default: equal where the numbers must be."""
-    defaults = flat(Config())
-    return with_values(config, {name: defaults[name] for name in unused(config)})
 
 
 def with_values(config: C, values: Mapping[str, Any]) -> C:

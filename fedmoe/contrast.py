@@ -1,14 +1,14 @@
 """The numbers of a comparison: each variant's, and its paired difference from the first, with a verdict in words."""
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedmoe import outcome
 from fedmoe.errors import UserError
 from fedmoe.pairing import CONFIDENCE, Estimate, deviation, holm, paired, unpaired
-from fedmoe.variants import Trained, Variant, costs, group
+from fedmoe.variants import Trained, Variant, group
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _few(rounds: Mapping[int, object]) -> str:
 def _row(variant: Variant, number: int, target: float | None) -> Row:
     held = {seed: list(run.scores[number].values()) for seed, run in variant.runs.items()}
     means = [statistics.fmean(values) for values in held.values() if values]
-    losses = [run.lines[number - 1].get("test_loss", {}).get("mean") for run in variant.runs.values()]
+    losses = [run.rounds[number - 1].test_loss for run in variant.runs.values()]
     return Row(
         variant.name,
         variant.values,
@@ -139,24 +139,17 @@ def _row(variant: Variant, number: int, target: float | None) -> Row:
         deviation(means),
         _mean([statistics.pstdev(values) for values in held.values() if values]),
         _mean([min(values) for values in held.values() if values]),
-        _mean([loss for loss in losses if loss is not None and math.isfinite(loss)]),
+        _mean([loss.mean for loss in losses if loss is not None and loss.mean is not None]),
         _cost(variant, number, target),
     )
 
 
 def _cost(variant: Variant, number: int, target: float | None) -> Cost:
-    ends = [number if target is None else reaches(run, target) for run in variant.runs.values()]
-    took = [
-        {"rounds": float(end)} | costs(run.lines[:end])
-        for run, end in zip(variant.runs.values(), ends, strict=True)
-        if end is not None
-    ]
-    return Cost(len(took), **{name: _mean([t[name] for t in took]) for name in ("rounds", "bytes", "flops", "seconds")})
-
-
-def reaches(run: Trained, target: float) -> int | None:
-    """The first round after which the mean over clients is at least `target`; None if there is none."""
-    return next((n for n, scores in sorted(run.scores.items()) if (_mean([*scores.values()]) or 0.0) >= target), None)
+    runs = [run.rounds for run in variant.runs.values()]
+    found = [outcome.taken(r[:number]) if target is None else outcome.reached(r, target) for r in runs]
+    took = [one for one in found if one is not None]
+    means = {name: _mean([getattr(one, name) for one in took]) for name in ("bytes", "flops", "seconds")}
+    return Cost(len(took), rounds=_mean([one.round for one in took]), **means)
 
 
 def _difference(first: Variant, second: Variant, number: int) -> tuple[Estimate | None, str]:
@@ -228,12 +221,12 @@ def _oddities(
         yield f"Left out, not evaluated yet: {', '.join(left)}."
     if len(variants) == 1:
         yield "The runs are of one variant: there is nothing to compare it with."
-    short = [run for run in evaluated if len(run.lines) < run.config.federation.rounds]
+    short = [run for run in evaluated if len(run.rounds) < run.config.federation.rounds]
     if short:
-        told = ", ".join(f"{r.folder} ({len(r.lines)} of {r.config.federation.rounds} rounds)" for r in short[:5])
+        told = ", ".join(f"{r.folder} ({len(r.rounds)} of {r.config.federation.rounds} rounds)" for r in short[:5])
         more = f" and {len(short) - 5} more" if len(short) > 5 else ""
         yield f"Not finished: {told}{more}; compared after round {number}."
-    lost = [(run, [c for c in run.lines[number - 1]["evaluated"] if c not in run.scores[number]]) for run in evaluated]
+    lost = [(run, [c for c in run.rounds[number - 1].evaluated if c not in run.scores[number]]) for run in evaluated]
     for run, clients in [entry for entry in lost if entry[1]]:
         names = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
         yield (

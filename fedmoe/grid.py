@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedmoe import configfile
+from fedmoe import configfile, meaning
 from fedmoe.config import Config
 from fedmoe.errors import UsageError, UserError
 
@@ -53,10 +53,10 @@ class Grid:
         for values in itertools.product(*self.axes.values()):
             chosen = dict(zip(self.axes, values, strict=True))
             config = configfile.with_values(self.base, chosen)
-            unused = configfile.unused(config)
+            unused = meaning.unused(config)
             idle = tuple(f"{name}." for name in unused)
             told = {name: value for name, value in chosen.items() if not f"{name}.".startswith(idle)}
-            effective = configfile.effective(config)
+            effective = meaning.effective(config)
             combinations.setdefault(configfile.save(effective), (effective, told))
         of_data = [config.data for config, _ in combinations.values()]
         ordered = sorted(combinations.values(), key=lambda pair: of_data.index(pair[0].data))
@@ -73,7 +73,7 @@ class Grid:
     def idle(self) -> list[str]:
         """A line for every field that was set but has no effect in any of the runs."""
         said = [
-            configfile.ignored(configfile.with_values(self.base, dict(zip(self.axes, values, strict=True))))
+            meaning.ignored(configfile.with_values(self.base, dict(zip(self.axes, values, strict=True))))
             for values in itertools.product(*self.axes.values())
         ]
         return [line for line in said[0] if all(line in lines for lines in said)]
@@ -113,7 +113,7 @@ def parse(base: Config, words: list[str], seeds: str) -> Grid:
         raise UserError(f"these are {count:,} runs, a sweep has at most {MOST:,}: give fewer alternatives or seeds")
     for run in grid.runs():
         try:
-            configfile.check(run.config)
+            meaning.check(run.config)
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from None
     return grid

@@ -56,11 +56,11 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Reached:
-    """What a run had taken when its mean accuracy first was at least `target`."""
+class Taken:
+    """What the first rounds of a run took."""
 
-    target: float
     round: int
+    """The last of them."""
     bytes: int
     """Up and down, of all clients: rounds × bytes a round."""
     flops: float
@@ -78,7 +78,7 @@ def rounds(path: Path, lines: Sequence[Line], clients: int, done: int) -> list[R
     held = [line["round"] for line in lines]
     if held != list(range(1, done + 1)):
         missing = min(set(range(1, done + 1)) - set(held), default=0)
-        what = f"has no line of round {missing}, the checkpoint does" if missing else "its rounds are not in order"
+        what = f"has no line of round {missing} of {done}" if missing else "its rounds are not in order"
         raise UserError(f"{path}: {what}: restore it")
     made = []
     for line in lines:
@@ -101,19 +101,20 @@ def last(found: Sequence[Round]) -> Round | None:
     return next((r for r in reversed(found) if r.accuracy is not None), None)
 
 
-def reached(found: Sequence[Round], target: float) -> Reached | None:
-    """What reaching the target took; None where no evaluated round did."""
+def reached(found: Sequence[Round], target: float) -> Taken | None:
+    """What it took until the mean accuracy first was at least `target`; None where no evaluated round's was."""
     hit = next((r.number for r in found if _mean(r) >= target), None)
-    if hit is None:
-        return None
-    taken = [r for r in found if r.number <= hit]
-    return Reached(
-        target,
-        hit,
-        sum(r.bytes_up + r.bytes_down for r in taken),
-        sum(r.flops for r in taken),
-        sum(r.seconds for r in taken),
-        energy(taken),
+    return None if hit is None else taken(found[:hit])
+
+
+def taken(found: Sequence[Round]) -> Taken:
+    """What a run's first rounds took."""
+    return Taken(
+        len(found),
+        sum(r.bytes_up + r.bytes_down for r in found),
+        math.fsum(r.flops for r in found),
+        math.fsum(r.seconds for r in found),
+        energy(found),
     )
 
 
@@ -162,6 +163,8 @@ def _over(line: Line, name: str, evaluated: list[int]) -> Over | None:
     values = [_maybe(value) for value in found["clients"]]
     if len(values) != len(evaluated):
         raise ValueError(f"{name} is of {len(values)} clients, {len(evaluated)} were evaluated")
+    if name.startswith("accuracy") and not all(0 <= value <= 1 for value in values if value is not None):
+        raise ValueError(f"{name} is not from 0 to 1")
     return Over(_maybe(found["mean"]), _maybe(found["std"]), values)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmoe import configfile, mixture, partition
+from fedmoe import meaning, mixture, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
@@ -31,8 +31,8 @@ from fedmoe.partition import Split
 
 def run(config: Config, as_json: bool) -> None:
     """Print the plan for `config` on this machine, as a table or as JSON. Raises UserError as a start of it would."""
-    configfile.check(config)
-    for line in configfile.ignored(config):
+    meaning.check(config)
+    for line in meaning.ignored(config):
         warn(line)
     if config.engine.kind == "reference":
         warn('engine.kind = "reference" needs no plan; this is the one of "fast"')

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fedmoe import configfile, planning
+from fedmoe import meaning, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.data import Dataset
@@ -94,8 +94,8 @@ def run(config: Config, as_json: bool, out: Path | None) -> None:
         if out.suffix != ".html":
             raise UsageError(f"--out {out}: the picture is a page: name it .html")
         check_page(out)
-    configfile.check(config)
-    for line in configfile.ignored(config):
+    meaning.check(config)
+    for line in meaning.ignored(config):
         if line.startswith("partition."):
             warn(line)
     dataset = load_data(config.data, config.seed)

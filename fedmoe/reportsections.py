@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedmoe import configfile, outcome, reportfigures
+from fedmoe import configfile, meaning, outcome, reportfigures
 from fedmoe.config import Config
 from fedmoe.insight import Gated, Pictured
 from fedmoe.outcome import Over, Round
@@ -236,7 +236,7 @@ class ReportSections:
         head = ["round", "rolled back", "rejected", "θ stays", "loss not finite", "batches in parts", "steps skipped"]
         told = [i for i in range(len(head)) if any(row[i] for row in rows)]
         head, rows = [head[i] for i in told], [[row[i] for i in told] for row in rows]
-        notes = configfile.ignored(s.config)
+        notes = meaning.ignored(s.config)
         if times := sum(len(r.rolled_back) for r in lines):
             why = "their training loss or a weight was not finite"
             notes.append(f"Clients were rolled back and left out of the average {times:,} times: {why}")

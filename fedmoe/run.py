@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fedmoe
-from fedmoe import checkpoint, configfile, engines, metrics, mixture, planning, report
+from fedmoe import checkpoint, configfile, engines, meaning, metrics, mixture, planning, report
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, say, summary, warn
@@ -49,8 +49,8 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
 
     Raises UserError for what cannot be trained; until every check has passed nothing is written.
     """
-    configfile.check(config)
-    for line in configfile.ignored(config):
+    meaning.check(config)
+    for line in meaning.ignored(config):
         warn(line)
     _check_free(run)
     source = Path(config.data.name).expanduser()
@@ -89,7 +89,7 @@ def resume(run: Path, rounds: int | None, whole: Whole | None = None) -> None:
     with locked(run):
         if rounds is not None:
             config = replace(config, federation=replace(config.federation, rounds=rounds))
-            configfile.check(config)
+            meaning.check(config)
         done, wanted = checkpoint.read_manifest(run).round, config.federation.rounds
         if done >= wanted:
             raise UserError(f"{run} has trained {done} rounds of {wanted}: give --rounds more than {done} to train on")
@@ -213,7 +213,7 @@ def _open(run: Path) -> Config:
     if not (run / "config.toml").is_file():
         raise UserError(f"{run} is not a run, it has no config.toml: start one with `fedmoe train`")
     config = configfile.read(run / "config.toml")
-    configfile.check(config)
+    meaning.check(config)
     return config
 
 

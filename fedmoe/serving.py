@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedmoe import __version__, checkpoint, configfile, experts, mixture
+from fedmoe import __version__, checkpoint, configfile, experts, meaning, mixture
 from fedmoe.checkpoint import Entry
 from fedmoe.client import load_data, open_client
 from fedmoe.config import Config
@@ -89,7 +89,7 @@ class Card:
                 raise UserError(f"format {found}, this version reads {FORMAT}: use the version that wrote it")
             del content["fedmoe"]
             config = configfile.build(content.pop("config"))
-            configfile.check(config)
+            meaning.check(config)
             weights = content.pop("weights")
             listed: object = content["classes"]
             card = cls(config=config, weights=None if weights is None else Entry(**weights), **content)

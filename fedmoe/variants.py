@@ -1,16 +1,15 @@
 """Runs as they lie in their folders, grouped by what differs in their configurations; seeds repeat a variant."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmoe import configfile, metrics
+from fedmoe import configfile, meaning, metrics, outcome
 from fedmoe.config import Config
 from fedmoe.errors import UserError
-from fedmoe.metrics import Line
+from fedmoe.outcome import Round
 
 ASIDE = ("run.", "checkpoint.", "evaluation.", "federation.rounds")
 """What changes no number of a round; it tells variants apart only where nothing else does."""
@@ -23,8 +22,8 @@ class Trained:
     folder: Path
     config: Config
     environment: Mapping[str, Any]
-    lines: Sequence[Line]
-    """Rounds 1, 2, ..."""
+    rounds: Sequence[Round]
+    """1, 2, ..."""
     scores: Mapping[int, Mapping[int, float]]
     """Of every evaluated round, personalized accuracy by client; without those that have none."""
 
@@ -50,7 +49,7 @@ def read(folder: Path) -> Trained:
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder} is not a run, it has no config.toml: give folders that `fedmoe train` made")
     config = configfile.read(folder / "config.toml")
-    configfile.check(config)
+    meaning.check(config)
     path = folder / "environment.json"
     try:
         environment = json.loads(path.read_text())
@@ -59,36 +58,13 @@ def read(folder: Path) -> Trained:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is missing or damaged ({type(error).__name__}: {error}): restore it") from error
     lines = metrics.read(folder)
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line["round"] != number:
-                raise ValueError(f"it is of round {line['round']}")
-            costs(lines[number - 1 : number])
-            _scores(line)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"line {number} is not what round {number} writes ({type(error).__name__}: {error})"
-            raise UserError(f"{folder / 'metrics.jsonl'}: {what}: repair or remove it") from error
-    return Trained(folder, config, environment, lines, {n["round"]: _scores(n) for n in lines if "accuracy" in n})
-
-
-def costs(lines: Iterable[Line]) -> dict[str, float]:
-    """What rounds took: bytes up and down, FLOPs, seconds."""
-    lines = list(lines)
-    return {
-        "bytes": math.fsum(line["bytes_up"] + line["bytes_down"] for line in lines),
-        "flops": math.fsum(line["flops"] for line in lines),
-        "seconds": math.fsum(line["seconds"]["round"] for line in lines),
+    rounds = outcome.rounds(folder / "metrics.jsonl", lines, config.federation.clients, len(lines))
+    scores = {
+        r.number: {c: v for c, v in zip(r.evaluated, r.accuracy.clients, strict=True) if v is not None}
+        for r in rounds
+        if r.accuracy is not None
     }
-
-
-def _scores(line: Line) -> dict[int, float]:
-    if "accuracy" not in line:
-        return {}
-    clients, values = line["evaluated"], line["accuracy"]["clients"]
-    found = {int(c): float(v) for c, v in zip(clients, values, strict=True) if v is not None}
-    if not all(0 <= value <= 1 for value in found.values()):
-        raise ValueError("an accuracy is not from 0 to 1")
-    return found
+    return Trained(folder, config, environment, rounds, scores)
 
 
 def group(runs: Sequence[Trained]) -> list[Variant]:
@@ -116,7 +92,7 @@ def group(runs: Sequence[Trained]) -> list[Variant]:
 
 def _told(run: Trained, runs: Sequence[Trained]) -> dict[str, str]:
     """All that may tell a run from others: its fields, and its place."""
-    flat, unused = configfile.flat(run.config), configfile.unused(run.config)
+    flat, unused = configfile.flat(run.config), meaning.unused(run.config)
     values = {name: "" if name in unused else configfile.shown(value) or "''" for name, value in flat.items()}
     idle, options = "partition.options" in unused, run.config.partition.options
     del values["partition.options"]

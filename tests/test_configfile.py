@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmoe.config import Config, Federation, Model
-from fedmoe.configfile import check, ignored, override, read, save
+from fedmoe.configfile import override, read, save
 from fedmoe.errors import UsageError, UserError
+from fedmoe.meaning import check, ignored
 from tests.support import ROOT, changed
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedmoe import configfile
+from fedmoe import configfile, meaning
 from fedmoe.config import Config
 from fedmoe.errors import UsageError, UserError
 from fedmoe.grid import Grid, parse
@@ -32,7 +32,7 @@ def test_every_combination_for_every_seed_and_each_once() -> None:
     assert [run.config.method for run in runs] == ["fedmoe", "fedmoe", "local", "static"]
     assert {run.config.training.lr for run in runs} == {0.5}
     assert {run.config.gate.norm for run in runs if run.config.method != "fedmoe"} == {"none"}
-    assert all(configfile.ignored(run.config) == [] for run in runs)
+    assert all(meaning.ignored(run.config) == [] for run in runs)
 
 
 def test_values_of_every_type() -> None:
@@ -167,6 +167,6 @@ def test_shown_values_are_parsed_again(value: Any) -> None:
 
 def test_effective_configurations_are_equal_where_the_numbers_must_be() -> None:
     local = changed(Config(), method="local", gate={"norm": "paper"}, training={"theta_momentum": "keep"})
-    assert configfile.effective(local) == replace(Config(), method="local")
+    assert meaning.effective(local) == replace(Config(), method="local")
     fedmoe = changed(Config(), gate={"norm": "paper"})
-    assert configfile.effective(fedmoe) == fedmoe
+    assert meaning.effective(fedmoe) == fedmoe

@@ -148,7 +148,7 @@ def test_damaged_metrics_are_one_line(trained: Path, fedmoe: Callable[..., Done]
         ({"parts": {"x": 2}}, "ValueError"),
         ({"rejected": {"4": "odd"}}, "are not clients of 0 to 3"),
         ({"rejected": ["1"]}, "AttributeError"),
-        ({"round": 3}, "has no line of round 2, the checkpoint does"),
+        ({"round": 3}, "has no line of round 2 of 2"),
     ],
 )
 def test_damaged_lines_are_named(change: dict[str, Any], complaint: str) -> None:

@@ -22,7 +22,7 @@ def names(folder: Path, *runs: dict[str, Any]) -> list[tuple[str, list[int]]]:
 
 def test_a_run_is_read(tmp_path: Path) -> None:
     run = read(made(tmp_path / "a", {2: [0.5, float("nan"), 1.0], 4: [0.6, 0.7, 0.8]}, rounds=9, seed=3))
-    assert run.config.seed == 3 and len(run.lines) == 4
+    assert run.config.seed == 3 and len(run.rounds) == 4
     assert run.scores == {2: {0: 0.5, 2: 1.0}, 4: {0: 0.6, 1: 0.7, 2: 0.8}}
     assert run.dealt == ("d", "p3", 3)
 
@@ -98,7 +98,7 @@ def test_values_are_empty_where_they_have_no_effect(tmp_path: Path) -> None:
 
 def cut(run: Path) -> str:
     (run / "metrics.jsonl").write_text('{"round": 1}\n')
-    return "metrics.jsonl: line 1 is not what round 1 writes (KeyError: 'bytes_up'): repair or remove it"
+    return "metrics.jsonl: the line of round 1 is damaged (KeyError: 'seconds'): restore it"
 
 
 def garbled(run: Path) -> str:
@@ -107,25 +107,25 @@ def garbled(run: Path) -> str:
 
 
 def skipped(run: Path) -> str:
-    (run / "metrics.jsonl").write_text(json.dumps(line(2, [0.5, 0.5])) + "\n")
-    return "metrics.jsonl: line 1 is not what round 1 writes (ValueError: it is of round 2)"
+    (run / "metrics.jsonl").write_text(json.dumps(line(2, [0.5], 1)) + "\n")
+    return "metrics.jsonl: has no line of round 1 of 1: restore it"
 
 
 def uneven(run: Path) -> str:
-    entry = line(1, [0.5, 0.5]) | {"evaluated": [0]}
+    entry = line(1, [0.5, 0.5], 1) | {"evaluated": [0]}
     (run / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    return "metrics.jsonl: line 1 is not what round 1 writes (ValueError: zip()"
+    return "metrics.jsonl: the line of round 1 is damaged (ValueError: accuracy is of 2 clients, 1 were evaluated)"
 
 
 def impossible(run: Path) -> str:
-    (run / "metrics.jsonl").write_text(json.dumps(line(1, [0.5, 1.5])) + "\n")
-    return "(ValueError: an accuracy is not from 0 to 1)"
+    (run / "metrics.jsonl").write_text(json.dumps(line(1, [1.5], 1)) + "\n")
+    return "(ValueError: accuracy is not from 0 to 1)"
 
 
 def text(run: Path) -> str:
-    entry = line(1, [0.5]) | {"bytes_up": "many"}
+    entry = line(1, [0.5], 1) | {"bytes_up": "many"}
     (run / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    return "metrics.jsonl: line 1 is not what round 1 writes (TypeError"
+    return "metrics.jsonl: the line of round 1 is damaged (ValueError: 'many' is not a number)"
 
 
 def no_environment(run: Path) -> str:

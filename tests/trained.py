@@ -36,14 +36,15 @@ def made(
     (folder / "config.toml").write_bytes(configfile.save(config))
     facts = {"data": "d", "partition": f"p{seed}", "cpu": "some", "gpu": "none", "threads": 1}
     (folder / "environment.json").write_text(json.dumps(facts | dict(environment or {})))
-    lines = [line(n, by_round.get(n)) for n in range(1, last + 1)]
+    lines = [line(n, by_round.get(n), count) for n in range(1, last + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     return folder
 
 
-def line(number: int, accuracies: Sequence[float] | None) -> dict[str, Any]:
-    """A round's metrics, as far as a comparison reads them."""
+def line(number: int, accuracies: Sequence[float] | None, clients: int = CLIENTS) -> dict[str, Any]:
+    """A round's metrics, as far as they are read."""
     entry: dict[str, Any] = {"round": number, "bytes_up": 1000, "bytes_down": 1000, "flops": 10**9, "loss": 1.0}
+    entry |= {"sampled": list(range(clients)), "rolled_back": [], "clients": {"samples": [10] * clients}}
     entry["seconds"] = {"round": 0.5, "train": 0.4, "aggregate": 0.0, "evaluate": 0.1}
     if accuracies is not None:
         losses = [1 - a for a in accuracies]
