@@ -25,8 +25,7 @@ def prepare(device: str, threads: int, deterministic: bool) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # fp32 means fp32: PyTorch lets cuDNN's convolutions round their inputs to TF32 unless told otherwise.
     allow_tf32(False)
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports the compiler, for two seconds
-        torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
