@@ -9,7 +9,7 @@ import torch
 from fedmoe.config import Config, Data, Federation, Training
 from fedmoe.profiling.plugin import add_option, asked
 from fedmoe.reference import ReferenceEngine
-from tests.support import Command, Done, begin
+from tests.support import Command, Fedmoe, begin
 
 CPU = torch.device("cpu")
 
@@ -58,6 +58,6 @@ def opened(tmp_path: Path) -> Callable[[Config], ReferenceEngine]:
 
 
 @pytest.fixture
-def fedmoe(tmp_path: Path) -> Callable[..., Done]:
+def fedmoe(tmp_path: Path) -> Fedmoe:
     """Runs the command line to its end, in an empty working directory."""
     return lambda *words, **options: Command(tmp_path, *words, **options).wait()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fedmoe import checkpoint, mixture, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config
@@ -52,6 +54,18 @@ def theta(config: Config) -> Payload:
     return mixture.pack(mixture.theta_tensors(global_expert))
 
 
+def unequal(config: Config, **sections: Any) -> Config:
+    """`config` with clients of unequal size and two epochs a round, and with more of its sections changed."""
+    return changed(
+        changed(config, partition={"kind": "dirichlet", "min_samples": 20}, federation={"epochs": 2}), **sections
+    )
+
+
+def size(*modules: nn.Module) -> int:
+    """Numbers of all their parameters."""
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command left: its exit code (negative: the signal that ended it) and what it printed."""
@@ -67,6 +81,10 @@ class Done:
         assert len(lines) == 1, self.err
         assert lines[0].startswith("fedmoe: error: "), lines[0]
         return lines[0].removeprefix("fedmoe: error: ")
+
+
+Fedmoe = Callable[..., Done]
+"""What the fixture `fedmoe` is."""
 
 
 class Command:
@@ -105,6 +123,13 @@ class Command:
         for file in self._files:
             file.unlink(missing_ok=True)
         return Done(self.process.exitcode, out, err)
+
+
+def train(folder: Path, *words: object) -> Path:
+    """`fedmoe train WORDS` to its end in the working directory `folder`; the run's folder below that."""
+    done = Command(folder, "train", *words, "--run.dir=run").wait()
+    assert done.code == 0, done
+    return folder / "run"
 
 
 def _run(

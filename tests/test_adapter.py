@@ -1,6 +1,5 @@
 """Experts of different width train together by an adapter: in the engine, in a resumed run, and it never leaves."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from fedmoe.config import Config
 from fedmoe.engine.step import How
 from fedmoe.reference import ReferenceEngine
 from tests.engines import assert_close, engine, rounds
-from tests.support import SMALL, Done, begin, changed
+from tests.support import SMALL, Fedmoe, begin, changed
 
 NARROW = """
 from torch import nn
@@ -59,7 +58,7 @@ def wide(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Modul
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 50)), nn.Linear(50, classes)
 
 
-def test_a_run_is_resumed_bit_for_bit_and_sends_theta_alone(tmp_path: Path, fedmoe: Callable[..., Done]) -> None:
+def test_a_run_is_resumed_bit_for_bit_and_sends_theta_alone(tmp_path: Path, fedmoe: Fedmoe) -> None:
     (tmp_path / "narrow.py").write_text(NARROW)
     models = ("--model.local", "cnn-1", "narrow:make", "--engine.cohort=2")
     for rounds_, run in ((3, "whole"), (1, "run")):
@@ -75,7 +74,7 @@ def test_a_run_is_resumed_bit_for_bit_and_sends_theta_alone(tmp_path: Path, fedm
     assert sent == {5 * checkpoint.load(tmp_path / "run", resumed.server)["theta"].nbytes}
 
 
-def test_an_adapter_that_nobody_needs_is_warned_of(fedmoe: Callable[..., Done]) -> None:
+def test_an_adapter_that_nobody_needs_is_warned_of(fedmoe: Fedmoe) -> None:
     done = fedmoe("plan", *SMALL, "--model.adapter=linear")
     assert done.code == 0
     assert done.err == "fedmoe: warning: model.adapter = linear has no effect where all experts are of one width\n"

@@ -24,7 +24,7 @@ from fedmoe.errors import UserError
 from fedmoe.sources import idx, npz
 from tests import sourcefiles
 from tests.sourcefiles import LABELS, PIXELS, SOURCES, idx_bytes, png
-from tests.support import Done
+from tests.support import Fedmoe
 
 Break = Callable[[Path], str]
 """Breaks the data set in a folder; gives what the message must hold."""
@@ -550,7 +550,7 @@ def refused_without_looking(path: Path) -> str:
         ("set", "set/dog/01.png: image cannot be decoded (unknown format)"),
     ],
 )
-def test_from_the_command_line(fedmoe: Callable[..., Done], tmp_path: Path, name: str, expected: str) -> None:
+def test_from_the_command_line(fedmoe: Fedmoe, tmp_path: Path, name: str, expected: str) -> None:
     (tmp_path / "set").mkdir()
     (sourcefiles.imagefolder(tmp_path / "set") / "dog/01.png").write_bytes(b"?")
     before = snapshot(tmp_path / "set")
@@ -574,7 +574,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @settings(
-    max_examples=int(os.environ.get("FUZZ", 150)),
+    max_examples=int(os.environ.get("FEDMOE_FUZZ", 150)),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from fedmoe import checkpoint, metrics
-from tests.support import ROOT, SMALL, Command, Done
+from tests.support import ROOT, SMALL, Command, Fedmoe
 from tests.test_data import write
 
-Fedmoe = Callable[..., Done]
 Disk = dict[Path, bytes]
 
 

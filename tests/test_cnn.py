@@ -7,12 +7,9 @@ from torch import nn
 from fedmoe.errors import UserError
 from fedmoe.experts import build, width
 from fedmoe.models.cnn import CIFAR, MNIST
+from tests.support import size
 
 CIFAR_SHAPE, MNIST_SHAPE = (3, 32, 32), (1, 28, 28)
-
-
-def size(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from fedmoe.engine.seam import Interrupted, Job
 from fedmoe.engine.step import How
 from fedmoe.engine.units import grouped
 from tests.engines import Outcome, apart, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed, theta
+from tests.support import begin, changed, theta, unequal
 from tests.synchronization import NoSynchronization
 
 TOLERANCE = 2e-4
@@ -34,13 +34,8 @@ TOLERANCE = 2e-4
 @pytest.fixture
 def ragged(config: Config) -> Config:
     """Five clients of one architecture and of unequal size, four of them in a round, momentum kept."""
-    return changed(
-        config,
-        model={"local": ("cnn-5",)},
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"fraction": 0.8, "epochs": 2},
-        training={"theta_momentum": "keep"},
-    )
+    keep = {"theta_momentum": "keep"}
+    return unequal(config, model={"local": ("cnn-5",)}, federation={"fraction": 0.8}, training=keep)
 
 
 def outcome(config: Config, run: Path, cohort: int = 4, how: How | None = None, number: int = 2) -> Outcome:

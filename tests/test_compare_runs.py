@@ -1,7 +1,6 @@
 """`fedmoe compare RUN RUN`: tables, JSON and the page, and every odd request in one line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,9 @@ import pytest
 from fedmoe.comparepage import clients, curves, forest, page
 from fedmoe.contrast import contrast
 from fedmoe.variants import read
-from tests.support import Done
+from tests.support import Fedmoe
 from tests.test_page import Parsed
 from tests.trained import made
-
-Fedmoe = Callable[..., Done]
 
 
 @pytest.fixture

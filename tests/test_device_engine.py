@@ -16,7 +16,7 @@ from fedmoe.engine.seam import Interrupted, Job, Refused
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed, theta
+from tests.support import begin, changed, theta, unequal
 from tests.synchronization import NoSynchronization
 
 CPU = torch.device("cpu")
@@ -28,12 +28,7 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "fp16": 1e-2}
 @pytest.fixture
 def ragged(config: Config) -> Config:
     """Clients of unequal size, three of five in a round, two epochs, momentum kept."""
-    return changed(
-        config,
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"fraction": 0.6, "epochs": 2},
-        training={"theta_momentum": "keep"},
-    )
+    return unequal(config, federation={"fraction": 0.6}, training={"theta_momentum": "keep"})
 
 
 def reference(config: Config, run: Path) -> Outcome:

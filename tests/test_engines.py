@@ -1,6 +1,5 @@
 """Which engine a run gets: by its plan, by none, by one that does not fit."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from fedmoe.engine.plan import Plan
 from fedmoe.engine.seam import Job
 from fedmoe.errors import UserError
 from fedmoe.reference import ReferenceEngine
-from tests.support import SMALL, Done, begin, changed, theta
+from tests.support import SMALL, Fedmoe, begin, changed, theta
 
 CPU = torch.device("cpu")
-Fedmoe = Callable[..., Done]
 
 
 def plan(config: Config) -> Plan:

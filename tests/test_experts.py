@@ -28,10 +28,6 @@ def make_pair(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(6)), nn.Linear(6, classes)
 
 
-def make_module(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    return nn.ModuleDict(dict(zip(("extractor", "header"), make_pair(shape, classes), strict=True)))
-
-
 def make_one(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Flatten()
 

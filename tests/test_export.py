@@ -21,9 +21,8 @@ from fedmoe.errors import UserError
 from fedmoe.partition import Split
 from fedmoe.serving import Served, from_export, from_run
 from tests.serving import CONFIGS, images, served
-from tests.support import SMALL, Command, Done
+from tests.support import SMALL, Command, Fedmoe, train
 
-Fedmoe = Callable[..., Done]
 Both = tuple[Tensor, Tensor]
 
 
@@ -37,16 +36,13 @@ def evaluated(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with batch statistics one of whose clients has not trained."""
-    folder = tmp_path_factory.mktemp("trained")
     options = (
         "--gate.norm=layer-batch-batch",
         "--training.lr=0.1",
         "--federation.fraction=0.8",
         "--training.batch_size=16",
     )
-    done = Command(folder, "train", *SMALL, *options, "--federation.rounds=1", "--run.dir=run").wait()
-    assert done.code == 0, done
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("trained"), *SMALL, *options, "--federation.rounds=1")
 
 
 def onnx(path: Path) -> Callable[[Tensor], Both]:

@@ -27,7 +27,7 @@ from fedmoe.engine.seeds import Globals
 from fedmoe.engine.step import How, Step
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
 from tests.graphs import imitate
-from tests.support import begin, changed, theta
+from tests.support import begin, changed, theta, unequal
 from tests.test_ranges import Heard
 
 CPU = torch.device("cpu")
@@ -37,13 +37,8 @@ CPU = torch.device("cpu")
 def ragged(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Clients of three architectures, one of which draws random numbers, unequal in size; turns of one step."""
     monkeypatch.setattr(device_engine, "TURN", 1)
-    return changed(
-        config,
-        model={"local": ("cnn-5", "tests.test_device_engine:dropping", "cnn-4")},
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"epochs": 2},
-        training={"theta_momentum": "keep"},
-    )
+    local = ("cnn-5", "tests.test_device_engine:dropping", "cnn-4")
+    return unequal(config, model={"local": local}, training={"theta_momentum": "keep"})
 
 
 def outcome(config: Config, run: Path, how: How | None = None, rooms: int = 1, **options: Any) -> Outcome:

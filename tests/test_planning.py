@@ -1,6 +1,5 @@
 """Facts of this machine, sizes of a federation, and `fedmoe plan`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.engine.facts import Sizes, facts
 from fedmoe.engine.plan import CHOICES, Plan
-from tests.support import SMALL, Done, changed
-
-Fedmoe = Callable[..., Done]
+from tests.support import SMALL, Fedmoe, changed
 
 
 def test_facts_of_this_machine() -> None:

@@ -1,7 +1,6 @@
 """Predictions of image files: the run's own numbers, one line for what is broken, the rest all the same."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,7 @@ from fedmoe.errors import UsageError, UserError
 from fedmoe.predict import Prediction, predictions
 from fedmoe.predict import run as predict
 from tests.serving import SHAPE, images, served
-from tests.support import SMALL, Done
-
-Fedmoe = Callable[..., Done]
+from tests.support import SMALL, Fedmoe
 
 
 @pytest.fixture

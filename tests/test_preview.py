@@ -1,7 +1,7 @@
 """`fedmoe partition`: numbers, names and pictures of what clients would get; nothing is trained or left behind."""
 
+import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,7 @@ from fedmoe.config import Config
 from fedmoe.planning import deal
 from fedmoe.preview import ROWS, Preview, page, show
 from tests import sourcefiles
-from tests.support import Done, changed
-
-Fedmoe = Callable[..., Done]
+from tests.support import Fedmoe, changed
 
 
 def preview(counts: torch.Tensor, classes: list[str]) -> Preview:
@@ -23,7 +21,7 @@ def preview(counts: torch.Tensor, classes: list[str]) -> Preview:
 
 
 def shown(given: Preview, width: int = 80) -> str:
-    console = Console(record=True, width=width, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(record=True, width=width, force_terminal=True, file=io.StringIO())
     show(console, given)
     return console.export_text()
 

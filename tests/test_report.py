@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from fedmoe.config import Config
 from fedmoe.errors import UserError
 from fedmoe.profiling.markup import THIN
 from tests import browser, reports
-from tests.support import SMALL, Command, Done, changed
+from tests.support import SMALL, Fedmoe, changed, train
 from tests.test_page import HOSTILE, Parsed, full
 
 SHOWN = [word for word in SMALL if word != "--run.no-report"]
@@ -35,10 +34,7 @@ def said(parsed: Parsed) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that ended with its report."""
-    folder = tmp_path_factory.mktemp("report")
-    done = Command(folder, "train", *SHOWN, "--evaluation.aggregated", "--run.dir", "a").wait()
-    assert done.code == 0, done
-    return folder / "a"
+    return train(tmp_path_factory.mktemp("report"), *SHOWN, "--evaluation.aggregated")
 
 
 def test_a_run_ends_with_its_report(trained: Path) -> None:
@@ -80,14 +76,14 @@ def test_gates_are_those_of_the_checkpoint(trained: Path) -> None:
     assert drawn == pytest.approx(float(weights[y == one].mean()), abs=1e-4)
 
 
-def test_made_again_it_is_the_same(trained: Path, fedmoe: Callable[..., Done]) -> None:
+def test_made_again_it_is_the_same(trained: Path, fedmoe: Fedmoe) -> None:
     first = (trained / "report.html").read_text()
     done = fedmoe("report", trained)
     assert done.code == 0 and done.out == f"written to {trained / 'report.html'}\n", done
     assert (trained / "report.html").read_text() == first
 
 
-def test_a_target_and_what_it_took(trained: Path, fedmoe: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_target_and_what_it_took(trained: Path, fedmoe: Fedmoe, tmp_path: Path) -> None:
     done = fedmoe("report", trained, "--out", "b.html", "--target", "0.99")
     assert done.code == 0 and done.out == "written to b.html\n", done
     assert "0.9900asked fornot reached" in said(shown(tmp_path / "b.html"))
@@ -104,25 +100,23 @@ def test_a_target_and_what_it_took(trained: Path, fedmoe: Callable[..., Done], t
         (["--profile", "nowhere"], "nowhere/profile.json: cannot be read: No such file or directory"),
     ],
 )
-def test_what_cannot_be_meant(
-    trained: Path, fedmoe: Callable[..., Done], tmp_path: Path, words: list[str], line: str
-) -> None:
+def test_what_cannot_be_meant(trained: Path, fedmoe: Fedmoe, tmp_path: Path, words: list[str], line: str) -> None:
     (tmp_path / "mine.toml").write_text("seed = 1")
     assert line in fedmoe("report", trained, *words).one_line(2 if "target" in line else 1)
     assert (tmp_path / "mine.toml").read_text() == "seed = 1"
 
 
-def test_no_run(fedmoe: Callable[..., Done], tmp_path: Path) -> None:
+def test_no_run(fedmoe: Fedmoe, tmp_path: Path) -> None:
     assert "nowhere is not a run" in fedmoe("report", "nowhere").one_line()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_in_progress_is_left_alone(trained: Path, fedmoe: Callable[..., Done]) -> None:
+def test_a_run_in_progress_is_left_alone(trained: Path, fedmoe: Fedmoe) -> None:
     with run.locked(trained):
         assert "is in use by another process" in fedmoe("report", trained).one_line()
 
 
-def test_damaged_metrics_are_one_line(trained: Path, fedmoe: Callable[..., Done]) -> None:
+def test_damaged_metrics_are_one_line(trained: Path, fedmoe: Fedmoe) -> None:
     path = trained / "metrics.jsonl"
     kept, page = path.read_text(), (trained / "report.html").read_text()
     try:
@@ -170,7 +164,7 @@ def plant() -> None:
     report.write = _no_report  # type: ignore[assignment]
 
 
-def test_a_report_that_fails_costs_no_run(fedmoe: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_report_that_fails_costs_no_run(fedmoe: Fedmoe, tmp_path: Path) -> None:
     done = fedmoe("train", *SHOWN, "--run.dir", "a", plant=plant)
     assert done.code == 0 and "run folder: a" in done.out
     assert "warning: no report: RuntimeError: planted; `fedmoe report a` tries again" in done.err

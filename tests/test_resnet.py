@@ -7,12 +7,9 @@ from torch.nn import functional as F
 
 from fedmoe.experts import build, width
 from fedmoe.models.resnet import Block, Extractor
+from tests.support import size
 
 IMAGENET, CIFAR = (3, 224, 224), (3, 32, 32)
-
-
-def size(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 @pytest.mark.parametrize(

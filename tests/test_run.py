@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,27 @@ from fedmoe.engine.seam import Job, Result
 from fedmoe.partition import Split
 from fedmoe.profiling.nvml_device import Unavailable
 from fedmoe.reference import ReferenceEngine
-from tests.support import SMALL, Command, Done, begin, changed
+from tests.support import SMALL, Command, Fedmoe, begin, changed, train
 from tests.support import theta as initial
 from tests.test_data import write
 
-Fedmoe = Callable[..., Done]
+NAN = """
+from torch import nn
+
+class Nan(nn.Flatten):
+    def forward(self, x):
+        return super().forward(x)[:, :50] * ({training} if self.training else {evaluation})
+
+def make(shape, classes):
+    return Nan(), nn.Linear(50, classes)
+"""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two rounds; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
     # A large learning rate, so that the rounds' thetas differ by more than tolerances.
-    done = Command(folder, "train", *SMALL, "--run.dir=run", "--evaluation.aggregated", "--training.lr=0.1").wait()
-    assert done.code == 0, done
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("finished"), *SMALL, "--evaluation.aggregated", "--training.lr=0.1")
 
 
 def test_run_folder(finished: Path) -> None:
@@ -150,14 +156,7 @@ def test_evaluation_of_sampled_clients_every_other_round(tmp_path: Path, fedmoe:
 
 
 def test_rolled_back_client_is_named_and_the_round_goes_on(tmp_path: Path, fedmoe: Fedmoe) -> None:
-    (tmp_path / "models.py").write_text(
-        "from torch import nn\n"
-        "class Nan(nn.Flatten):\n"
-        "    def forward(self, x):\n"
-        "        return super().forward(x)[:, :50] * (float('nan') if self.training else 1.0)\n"
-        "def make(shape, classes):\n"
-        "    return Nan(), nn.Linear(50, classes)\n"
-    )
+    (tmp_path / "models.py").write_text(NAN.format(training="float('nan')", evaluation=1.0))
     models = ("--model.local", "cnn-1", "models:make", "cnn-2", "cnn-3", "cnn-4")
     done = fedmoe("train", *SMALL, "--run.dir=run", *models)
     assert done.code == 0, done
@@ -257,14 +256,7 @@ def test_a_run_is_the_rounds_done_by_hand(finished: Path, tmp_path: Path) -> Non
 def test_divergence_that_only_evaluation_sees_is_named_and_the_rounds_go_on(
     tmp_path: Path, fedmoe: Fedmoe, lr: str
 ) -> None:
-    (tmp_path / "models.py").write_text(
-        "from torch import nn\n"
-        "class Nan(nn.Flatten):\n"
-        "    def forward(self, x):\n"
-        "        return super().forward(x)[:, :50] * (1.0 if self.training else float('nan'))\n"
-        "def make(shape, classes):\n"
-        "    return Nan(), nn.Linear(50, classes)\n"
-    )
+    (tmp_path / "models.py").write_text(NAN.format(training=1.0, evaluation="float('nan')"))
     done = fedmoe("train", *SMALL, "--run.dir=run", "--model.local", "cnn-1", "models:make", f"--training.lr={lr}")
     assert done.code == 0, done
     lines = metrics.read(tmp_path / "run")

@@ -16,7 +16,7 @@ from fedmoe.federation import Federation
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
 from tests.graphs import imitate
-from tests.support import SMALL, begin, changed, theta
+from tests.support import SMALL, begin, changed, theta, unequal
 
 CPU = torch.device("cpu")
 PLAIN = How(channels_last=False)
@@ -25,13 +25,7 @@ PLAIN = How(channels_last=False)
 @pytest.fixture
 def augmented(config: Config) -> Config:
     """Two epochs a round, clients of unequal size and one architecture."""
-    return changed(
-        config,
-        model={"local": ("cnn-5",)},
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"epochs": 2},
-        training={"augment": "crop-flip"},
-    )
+    return unequal(config, model={"local": ("cnn-5",)}, training={"augment": "crop-flip"})
 
 
 def outcome(config: Config, run: Path, **options: Any) -> Outcome:

@@ -122,15 +122,6 @@ def test_weight_0_and_what_is_unfit_are_left_out(aggregation: str) -> None:
         )
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "median"])
-def test_with_nothing_to_go_by_theta_stays(aggregation: str) -> None:
-    theta = {"theta": torch.zeros(4)}
-    arrivals = Arrivals(Rule(aggregation=aggregation), theta)  # type: ignore[arg-type]
-    for result in results([0.0, 0.0]):
-        arrivals.add(result)
-    assert arrivals.theta()["theta"] is theta["theta"]
-
-
 def test_too_few_for_krum_leave_theta_and_say_so() -> None:
     theta = {"theta": torch.zeros(4)}
     arrivals = Arrivals(Rule(aggregation="krum"), theta)
@@ -143,7 +134,8 @@ def test_too_few_for_krum_leave_theta_and_say_so() -> None:
 def test_nothing_to_go_by_leaves_theta_and_says_so(aggregation: str) -> None:
     theta = {"theta": torch.zeros(4)}
     arrivals = Arrivals(Rule(aggregation=aggregation), theta)  # type: ignore[arg-type]
-    arrivals.add(replace(results([0.0])[0], weight=0))
+    for result in results([0.0, 0.0]):
+        arrivals.add(result)
     assert arrivals.theta() is theta and arrivals.kept == f"{aggregation} needs 1 result, 0 were fit to count"
 
 

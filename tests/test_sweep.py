@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support import Command, Done
+from tests.support import Command, Done, Fedmoe
 from tests.test_kill import die_at, end, hashes, signal_at
-
-Fedmoe = Callable[..., Done]
 
 SMALL = ("--data.limit=100", "--federation.clients=2", "--federation.rounds=2", "--model.local=cnn-5",
          "--run.threads=1", "--training.batch_size=16", "--partition.kind=iid")  # fmt: skip

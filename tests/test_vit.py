@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fedmoe.errors import UserError
 from fedmoe.experts import build, width
 from fedmoe.models.vit import Block, Extractor
+from tests.support import size
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ from fedmoe.models.vit import Block, Extractor
 def test_published_parameter_counts(name: str, parameters: int, d: int) -> None:
     with torch.device("meta"):
         extractor, header = build(name, (3, 224, 224), 1000)
-    assert sum(p.numel() for module in (extractor, header) for p in module.parameters()) == parameters
+    assert size(extractor, header) == parameters
     assert isinstance(header, nn.Linear) and header.in_features == d
 
 

@@ -10,7 +10,7 @@ from fedmoe.config import Config
 from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.step import How
 from tests.engines import Outcome, apart, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed
+from tests.support import begin, changed, unequal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -20,13 +20,8 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 @pytest.fixture
 def ragged(config: Config) -> Config:
     """Five clients of one architecture and of unequal size, four of them in a round, momentum kept."""
-    return changed(
-        config,
-        model={"local": ("cnn-5",)},
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"fraction": 0.8, "epochs": 2},
-        training={"theta_momentum": "keep", "lr": 0.01},
-    )
+    keep = {"theta_momentum": "keep", "lr": 0.01}
+    return unequal(config, model={"local": ("cnn-5",)}, federation={"fraction": 0.8}, training=keep)
 
 
 def outcome(config: Config, run: Path, how: How, device: str = "cuda", cohort: int = 4) -> Outcome:

@@ -11,7 +11,7 @@ from fedmoe.engine.seam import Job
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed, theta
+from tests.support import begin, changed, theta, unequal
 from tests.synchronization import without_synchronization
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -35,12 +35,7 @@ SWITCHES = {
 
 @pytest.fixture
 def ragged(config: Config) -> Config:
-    return changed(
-        config,
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"fraction": 0.6, "epochs": 2},
-        training={"theta_momentum": "keep", "lr": 0.01},
-    )
+    return unequal(config, federation={"fraction": 0.6}, training={"theta_momentum": "keep", "lr": 0.01})
 
 
 def outcome(config: Config, run: Path, how: How, **options: object) -> Outcome:

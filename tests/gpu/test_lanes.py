@@ -12,7 +12,7 @@ from fedmoe.config import Config
 from fedmoe.engine.seam import Job, Refused
 from fedmoe.engine.step import How, Step
 from tests.engines import Outcome, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed, theta
+from tests.support import begin, changed, theta, unequal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -23,11 +23,9 @@ ALL = How(optimizer="flat", streams=True, graphs=True)
 @pytest.fixture
 def ragged(config: Config) -> Config:
     """Three architectures, one with dropout; clients of unequal size; the same bits each time."""
-    return changed(
+    return unequal(
         config,
         model={"local": ("cnn-5", "tests.test_device_engine:dropping", "cnn-4")},
-        partition={"kind": "dirichlet", "min_samples": 20},
-        federation={"epochs": 2},
         training={"theta_momentum": "keep", "lr": 0.01},
         run={"deterministic": True},
     )
