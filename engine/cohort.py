@@ -127,7 +127,7 @@ class Cohort:
         live = self._steps > self._done
         with phase("batch"):
             x, y = self._loader.batch(indices.flatten(0, 1), channels_last=False)
-            x, y = x.unflatten(0, (self.rows, -1)), y.view(self.rows, -1)
+            x, y = x.unflatten(0, (self.rows, -1)), y.unflatten(0, (self.rows, -1))
         # Copies, for two reasons: what a client that is done makes of them must not stay, and where rows do not touch,
         # as they do not in the blocks, batch normalization under vmap updates a copy and drops that in silence.
         buffers = {name: buffer.clone(memory_format=torch.contiguous_format) for name, buffer in self._buffers.items()}

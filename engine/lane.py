@@ -204,7 +204,12 @@ class Lane:
         (numbers,) = yield from self._fetched([torch.stack([step.loss.double(), step.correct.double()])])
         room.left = self._now()
         (total, right), n = numbers.tolist(), len(held_out)
-        metrics: Metrics = {"accuracy": right / n, "loss": total / n, "seconds": time.perf_counter() - start}
+        predictions = n * federation.samples.targets
+        metrics: Metrics = {
+            "accuracy": right / predictions,
+            "loss": total / predictions,
+            "seconds": time.perf_counter() - start,
+        }
         yield unit.places[0], federation.outgoing("evaluate", member, {}, n, metrics)
 
     def _outcome(
@@ -219,7 +224,8 @@ class Lane:
         with phase("transfer out"):
             room.left = self._site.store.save(member.id, room.row(row, layout.size))
         self._site.trained.add(member.id)
-        metrics |= {"loss": taken.loss / taken.steps, "accuracy": taken.correct / samples}
+        predictions = samples * self._site.federation.samples.targets
+        metrics |= {"loss": taken.loss / taken.steps, "accuracy": taken.correct / predictions}
         metrics["seconds"] = time.perf_counter() - start
         return self._site.federation.outgoing("train", member, taken.payload, member.training, metrics)
 

@@ -14,14 +14,25 @@ from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State
 class Samples:
     """All clients' samples, and how a batch of them becomes input."""
 
-    images: Tensor  # uint8 [N, channels, height, width]
-    labels: Tensor  # int64 [N]
+    inputs: Tensor  # images, uint8 [N, channels, height, width], or windows of tokens, int32 [N, T + 1]
+    labels: Tensor  # int64 [N], of images; the targets of a window are its own tokens, each the one before's
     mean: float
     """Of pixels scaled to [0, 1], subtracted."""
     std: float
     """Divides after that."""
     augmentation: tuple[int, bool] | None = None
     """Of training batches: by how many pixels at most they are shifted, and whether half of them are mirrored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input: (channels, height, width), or (T,)."""
+        shape = tuple(self.inputs.shape[1:])
+        return shape if len(shape) > 1 else (shape[0] - 1,)
+
+    @property
+    def targets(self) -> int:
+        """How many of them a sample has: 1, or T."""
+        return 1 if len(self.shape) > 1 else self.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,9 +31,9 @@ class Loader:
         self.device, self.resident = device, resident
         self._samples = samples
         where = device if resident else torch.device("cpu")
-        self._images, self._labels = samples.images.to(where), samples.labels.to(where)
-        self.shape = samples.images.shape[1:]
-        channels = self.shape[0]
+        self._inputs, self._labels = samples.inputs.to(where), samples.labels.to(where)
+        self.shape = samples.shape
+        channels = self.shape[0] if len(self.shape) > 1 else 0
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" and not resident else None
         self._mean = torch.full((channels,), samples.mean, device=device)
         self._std = torch.full((channels,), samples.std, device=device)
@@ -41,16 +41,20 @@ class Loader:
     def batch(self, indices: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
         """Inputs, fp32 [B, C, H, W], and targets, int64 [B], of samples as `epoch_order` names them, [B] or [B, 4].
 
-        What names them lies where the samples do.
+        Of windows of tokens int64 [B, T] both. What names samples lies where they do.
         """
+        if len(self.shape) == 1:
+            windows = self._inputs[indices] if self._copies is None else self._sent(self._inputs, indices)
+            windows = windows.long()
+            return windows[:, :-1], windows[:, 1:]
         indices, changes = (indices, None) if indices.ndim == 1 else (indices[:, 0], indices[:, 1:].int())
-        operands = self._images, self._labels, indices, self._mean, self._std, changes
-        if self._images.is_cuda and gather.gather_augment_supported(*operands)[0]:
+        operands = self._inputs, self._labels, indices, self._mean, self._std, changes
+        if self._inputs.is_cuda and gather.gather_augment_supported(*operands)[0]:
             return gather.gather_augment(*operands, channels_last=channels_last)
         if self._copies is None:
-            images, labels = self._images[indices], self._labels[indices]
+            images, labels = self._inputs[indices], self._labels[indices]
         else:
-            images, labels = self._sent(self._images, indices), self._sent(self._labels, indices)
+            images, labels = self._sent(self._inputs, indices), self._sent(self._labels, indices)
             changes = None if changes is None else self._sent(changes, torch.arange(len(changes)))
         if changes is not None:
             images = augmented(images, changes)

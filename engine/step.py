@@ -132,6 +132,8 @@ class Step:
         other masks, since it draws in the order of memory.
         """
         program = self.arena.program
+        if len(self._loader.shape) == 1:
+            return False
         # Made as a batch is: `contiguous` would leave images of one channel as they are.
         x = torch.zeros(2, *self._loader.shape, dtype=torch.uint8, device=self.device)
         x = x.to(torch.float32, memory_format=torch.channels_last)
@@ -179,10 +181,9 @@ class Step:
             x, y = self._loader.batch(indices.clamp(min=0), self._channels_last)
         program, counts = self.arena.program, indices.to(self.device, non_blocking=True) >= 0
         with autocast(self.device, self._how.low):
-            logits = program.logits(branches(program, x, self._streams))
-        losses = F.cross_entropy(logits.float(), y, reduction="none")
+            losses, hits = program.judge(branches(program, x, self._streams), y)
         self.loss += losses.masked_fill(~counts, 0).sum()
-        self.correct += ((logits.argmax(1) == y) & counts).sum()
+        self.correct += (hits * counts).sum()
 
     def halve(self, batch: int, who: str) -> None:
         """Take batches in twice as many parts from now on, because device memory did not suffice for `who`.

@@ -1,6 +1,5 @@
 """A client: its model, its optimizer, its samples, the state of it that persists, and the one door out of it."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,19 +21,21 @@ from fedmoe.profiling import flops
 class Client:
     """What one member of the federation owns. Nothing of it leaves but through `outgoing`.
 
-    `images` uint8 [n, channels, height, width] and `labels` int64 [n] are its own; the first `training` of them are
-    for training, the rest for its test.
+    `inputs`, uint8 [n, channels, height, width] or int32 [n, T + 1], and `labels`, int64 [n], are its own; the first
+    `training` of them are for training, the rest for its test. `outputs` is the number of classes or tokens.
     """
 
     def __init__(
-        self, config: Config, id: int, images: Tensor, labels: Tensor, training: int, classes: int, device: torch.device
+        self, config: Config, id: int, inputs: Tensor, labels: Tensor, training: int, outputs: int, device: torch.device
     ) -> None:
-        self.config, self.id, self.training = config, id, training
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.config, self.id, self.training, self.outputs = config, id, training, outputs
+        self.inputs, self.labels = inputs.to(device), labels.to(device)
+        self.shape = data.shape(inputs)
+        self.targets = 1 if len(self.shape) > 1 else self.shape[0]
+        """How many a sample has: 1, or T."""
         self.held_out = torch.arange(training, len(labels), device=device)
         self.model = config.model.local[id % len(config.model.local)]
-        _, channels, height, width = images.shape
-        self.mixture = mixture.build(config, id, (channels, height, width), classes).to(device)
+        self.mixture = mixture.build(config, id, self.shape, outputs).to(device)
         self.program = self.mixture.program()
         shared = self.program.segments["theta"]
         self.global_expert: nn.Module | None = getattr(self.mixture, shared[0]) if shared else None
@@ -52,9 +53,13 @@ class Client:
     def batch(self, indices: Tensor, augmentation: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B].
 
-        `augmentation` [B, 3] is how each is cropped and flipped, see `gather_oracle.augmented`.
+        `augmentation` [B, 3] is how each is cropped and flipped, see `gather_oracle.augmented`. Of text: tokens, int64
+        [B, T], and after each the one to predict, likewise.
         """
-        d, images = self.config.data, self.images[indices]
+        if len(self.shape) == 1:
+            windows = self.inputs[indices].long()
+            return windows[:, :-1], windows[:, 1:]
+        d, images = self.config.data, self.inputs[indices]
         if augmentation is not None:
             images = augmented(images, augmentation)
         return data.normalize(images, d.mean, d.std), self.labels[indices]
@@ -144,7 +149,7 @@ def open_client(config: Config, id: int, run: Path, device: torch.device, traine
     dataset, split = load_data(config.data, config.seed), _split(path, path.stat().st_mtime_ns)
     train, test = split.train(id), split.test(id)
     own = torch.cat([train, test])
-    client = Client(config, id, dataset.images[own], dataset.labels[own], len(train), len(dataset.classes), device)
+    client = Client(config, id, dataset.inputs[own], dataset.labels[own], len(train), dataset.outputs, device)
     if trained and (entry := checkpoint.read_manifest(run).clients.get(id)):
         state = checkpoint.load(run, entry)
         try:
@@ -159,14 +164,14 @@ def measured(client: Client) -> tuple[int, tuple[str, ...]]:
 
     By a step on a copy, so that nothing of the client changes.
     """
-    mixture = copy.deepcopy(client.mixture).train()
-    mixture.head = "plain"  # what kernels compute is not counted
-    program = mixture.program()
-    x, y = client.batch(torch.arange(min(2, client.batch_size), device=client.labels.device))
-    with globals_kept():
+    count, outputs = min(2, client.batch_size), client.outputs
+    with mixture.trial(client.mixture, client.shape) as model, globals_kept():
+        model.train().head = "plain"  # what kernels compute is not counted
+        program = model.program()
+        x, y = (tensor.to(client.labels.device) for tensor in mixture.blank(count, client.shape, outputs))
         total = flops.count(lambda: program.join(program.run(x), y)[0].backward())
-    unused = [name for name, p in mixture.named_parameters() if p.requires_grad and p.grad is None]
-    return total // len(x), tuple(unused)
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return total // count, tuple(unused)
 
 
 def load_data(config: settings.Data, seed: int) -> data.Dataset:

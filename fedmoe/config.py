@@ -61,15 +61,26 @@ class Server:
 class Data:
     """The data set. All its splits are pooled and then dealt to the clients."""
 
+    kind: Literal["images", "text"] = "images"
+    """Images with a class each, or text whose next token is to be predicted."""
     name: str = "digits"
     """`digits` (embedded); a file or folder of parquet, arrow, npz or IDX files; a folder of images for each class; or
-    the name of a Hugging Face data set."""
+    the name of a Hugging Face data set. Text: `stdlib`, the source of Python's standard library (embedded); a text,
+    JSONL, parquet or arrow file, or a folder of such; or a Hugging Face data set."""
     splits: tuple[str, ...] = ()
     """Splits to use, by name; empty uses all."""
     image: str = ""
     """Image column or array; empty finds it by its name or as the only one."""
     label: str = ""
-    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column."""
+    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column. Of text,
+    the column or field that says whose it is; empty takes the file's or folder's name."""
+    text: str = ""
+    """Column or field of the text; empty finds it by its name, such as `text`, or as the only one of strings."""
+    tokenizer: str = "bytes"
+    """Makes tokens of text: `bytes`; or one of the library tokenizers: a tokenizer.json, a folder with one, or a name
+    on the Hugging Face hub."""
+    sequence_length: int = 128
+    """Tokens of text in a sample, T; each is predicted from those before it."""
     image_size: int = 0
     """Resize images to this many pixels square; 0 keeps their size (digits: 28)."""
     limit: int = 0
@@ -105,10 +116,12 @@ class Partition:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Model:
-    """The clients' models: a built-in name, `timm/NAME`, or `package.module:factory`.
+    """The clients' models: a built-in name, `timm/NAME`, or `package.module:factory`; of text a built-in, or `hf/NAME`.
 
     Built in are the paper's `cnn-1` to `cnn-5`, of its MNIST-size family for images up to 28 pixels and of its CIFAR
-    family above; `resnet-18`, `-34` and `-50`; `vit-tiny`, `-small` and `-base`.
+    family above; `resnet-18`, `-34` and `-50`; `vit-tiny`, `-small` and `-base`. For text `llama-nano`, `-tiny` and
+    `-small`, and so on with `qwen`, `gpt2` and `gemma`; or any causal language model of Hugging Face's transformers,
+    `hf/NAME`, NAME being a folder or a name on its hub.
     """
 
     local: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
@@ -118,6 +131,25 @@ class Model:
     adapter: Literal["none", "linear"] = "none"
     """What a client whose local expert is of another width than the global expert puts behind the latter: a private
     linear layer to its own width, or nothing, which is an error then."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """Weights that a language model `hf/NAME` begins with: those that come with it, or such as its family begins
+    training with."""
+    tune: Literal["full", "lora", "frozen"] = "full"
+    """What of a local language model trains: all; low-rank adapters of its body's linear layers (`lora`, by peft); or
+    no more than its head, and not that where it is the embeddings (`frozen`). The global expert always trains."""
+    lora_rank: int = 16
+    """Rank of the adapters (lora)."""
+    lora_alpha: float = 32.0
+    """What they add is multiplied by this over their rank (lora)."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get one; empty: all linear ones of the body (lora)."""
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What weights that do not train are kept in; half the memory as `bf16`."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How language models compute attention: by PyTorch's fused kernels, by its plain operators, or by the library
+    flash-attn."""
+    activation_checkpointing: bool = False
+    """Compute what is within a language model's layers twice, rather than keep it for the backward pass."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

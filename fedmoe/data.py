@@ -18,11 +18,13 @@ from torch import Tensor
 from fedmoe import config as settings
 from fedmoe.engine.seeds import generator
 from fedmoe.errors import UserError
-from fedmoe.sources import arrays, columnar, local
+from fedmoe.sources import arrays, columnar, local, text
 from fedmoe.sources.part import Part, Picture, Pixels, Rows, choose, line, regular, shown
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from fedmoe.tokenizer import Tokenizer
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Of images. Others that Pillow knows are no pictures, or start programs."""
@@ -32,14 +34,31 @@ Frames: TypeAlias = Iterable[tuple[str, Pixels]]  # each with the place it comes
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images and their labels, all splits pooled."""
+    """Images and their labels, or windows of text and where they come from; all splits pooled."""
 
-    images: Tensor  # uint8 [n, channels, height, width]
+    inputs: Tensor  # images, uint8 [n, channels, height, width], or tokens, int32 [n, T + 1]
     labels: Tensor  # int64 [n], each 0 to len(classes) - 1
-    classes: tuple[str, ...]
-    fingerprint: str  # SHA-256 of images, labels and class names
+    classes: tuple[str, ...]  # of images, or the sources of text
+    fingerprint: str  # SHA-256 of inputs, labels and class names
     column: Callable[[str], list[str | int]]
     """What another column of the source, or `split`, says of each sample; UserError where there is no such column."""
+    tokenizer: "Tokenizer | None" = None
+    """Of text."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a model's input: (channels, height, width), or (T,)."""
+        return shape(self.inputs)
+
+    @property
+    def outputs(self) -> int:
+        """What a model predicts: how many classes, or tokens."""
+        return len(self.classes) if self.tokenizer is None else self.tokenizer.size
+
+
+def shape(inputs: Tensor) -> tuple[int, ...]:
+    """Of a model's input, for a data set's inputs: (channels, height, width), or (T,)."""
+    return tuple(inputs.shape[1:]) if inputs.ndim > 2 else (inputs.shape[1] - 1,)
 
 
 def load(config: settings.Data, seed: int) -> Dataset:
@@ -52,7 +71,7 @@ def load(config: settings.Data, seed: int) -> Dataset:
         if value < 0:
             raise UserError(f"data.{name} is {value}, it must be at least 0")
     try:
-        return _load(config, seed)
+        return _text(config, seed) if config.kind == "text" else _load(config, seed)
     except OSError as error:
         place = shown(Path(os.fsdecode(error.filename or config.name)))
         raise UserError(f"{place}: {error.strerror or line(error)}") from error
@@ -80,9 +99,7 @@ def _load(config: settings.Data, seed: int) -> Dataset:
     classes = _classes(parts)
     labels = torch.from_numpy(np.concatenate([part.labels for part in parts]))
     starts = np.cumsum([0, *(len(part.labels) for part in parts)])
-    keep = torch.arange(len(labels))
-    if 0 < config.limit < len(labels):
-        keep = torch.randperm(len(labels), generator=generator(seed, "data"))[: config.limit].sort().values
+    keep = _kept(len(labels), config.limit, seed)
     with _quiet():
         images = _stack(_images(parts, starts, keep.numpy(), size), len(keep))
     parts = [replace(part, images=lambda _: iter(())) for part in parts]  # what these hold is not needed any more
@@ -92,6 +109,25 @@ def _load(config: settings.Data, seed: int) -> Dataset:
         return [values[row] for row in keep.tolist()]
 
     return Dataset(images, labels[keep], classes, _fingerprint(images, labels[keep], classes), column)
+
+
+def _text(config: settings.Data, seed: int) -> Dataset:
+    found = text.load(config)
+    keep = _kept(len(found.labels), config.limit, seed)
+    windows, labels = found.windows[keep], found.labels[keep]
+
+    def column(name: str) -> list[str | int]:
+        values = found.column(name)
+        return [values[row] for row in keep.tolist()]
+
+    return Dataset(windows, labels, found.classes, found.fingerprint, column, found.tokenizer)
+
+
+def _kept(count: int, limit: int, seed: int) -> Tensor:
+    """Which of so many samples are kept, in order."""
+    if not 0 < limit < count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator(seed, "data"))[:limit].sort().values
 
 
 @contextmanager

@@ -116,6 +116,8 @@ class Display:
                 figures = [f"loss {line['loss']:.3f}" if line["loss"] is not None else "no loss"]
                 if accuracy:
                     figures.insert(0, f"accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
+                if (perplexity := line.get("perplexity")) and perplexity["mean"] is not None:
+                    figures.append(f"perplexity {perplexity['mean']:.2f}")
                 self._say(f"round {number}/{self.rounds}  {'  '.join(figures)}  {self._rate()}  {self._left(number)}")
 
     def _say(self, text: str) -> None:
@@ -156,8 +158,9 @@ def summary(console: Console, config: Config, split: Split, lines: list[Line]) -
 
 
 def accuracies(console: Console, config: Config, split: Split, line: Line) -> None:
-    """Accuracy on held-out samples, from one line of metrics or of `eval`."""
+    """Accuracy on held-out samples, of text perplexity too, from one line of metrics or of `eval`."""
     kinds = {"accuracy": "accuracy", "accuracy_aggregated": "with aggregated θ"}
+    kinds |= {"perplexity": "perplexity", "perplexity_aggregated": "with aggregated θ"}
     shown = {key: title for key, title in kinds.items() if key in line}
     title = f"{config.method} on {config.data.name.rsplit('/')[-1]} after round {line['round']}, held-out samples"
     table = Table(title=title, title_justify="left")
@@ -168,14 +171,22 @@ def accuracies(console: Console, config: Config, split: Split, line: Line) -> No
         for i, client in enumerate(clients):
             model = config.model.local[client % len(config.model.local)]
             sizes = [str(len(split.train(client))), str(len(split.test(client)))]
-            table.add_row(str(client), model, *sizes, *(f"{line[key]['clients'][i]:.3f}" for key in shown))
+            table.add_row(str(client), model, *sizes, *(_figure(key, line[key]["clients"][i]) for key in shown))
         table.add_section()
     else:
         for name, share in (("lowest", 0.0), ("median", 0.5), ("highest", 1.0)):
-            ordered = {key: sorted(line[key]["clients"]) for key in shown}
-            at = round(share * (len(clients) - 1))
-            table.add_row(name, "", "", "", *(f"{ordered[key][at]:.3f}" for key in shown))
+            ordered = {key: sorted(v for v in line[key]["clients"] if v is not None) for key in shown}
+            of = [
+                (key, values[round(share * (len(values) - 1))] if values else None) for key, values in ordered.items()
+            ]
+            table.add_row(name, "", "", "", *(_figure(key, value) for key, value in of))
     whole = len(clients) == config.federation.clients
-    spreads = [f"{line[key]['mean']:.3f} ± {line[key]['std']:.3f}" for key in shown]
+    spreads = [f"{_figure(key, line[key]['mean'])} ± {_figure(key, line[key]['std'])}" for key in shown]
     table.add_row(f"all {len(clients)}" if whole else f"these {len(clients)}", "", "", "", *spreads)
     console.print(table)
+
+
+def _figure(key: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.3f}" if key.startswith("accuracy") else f"{value:,.2f}"

@@ -21,8 +21,8 @@ FAMILIES = {name: family for family in (cnn, resnet, vit) for name in family.NAM
 class Split(NamedTuple):
     """A model in two parts: `header(extractor(x))` are the logits."""
 
-    extractor: nn.Module  # [B, channels, height, width] -> [B, D]
-    header: nn.Module  # [B, D] -> [B, C]
+    extractor: nn.Module  # [B, channels, height, width] -> [B, D], or tokens [B, T] -> [B, T, D]
+    header: nn.Module  # [..., D] -> [..., C]
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
@@ -53,9 +53,10 @@ def check_name(name: str) -> None:
         raise UserError(f"model {name!r} is none of {', '.join(FAMILIES)}, nor `timm/NAME` or `package.module:factory`")
 
 
-def width(extractor: nn.Module, shape: tuple[int, int, int]) -> int:
-    """D, the width of `extractor`'s representation, found by running it on two blank images."""
-    return _probe(extractor, torch.zeros(2, *shape)).shape[-1]
+def width(extractor: nn.Module, shape: tuple[int, ...]) -> int:
+    """D, the width of `extractor`'s representation, found by running it on two blank images, or two tokens."""
+    blank = torch.zeros(2, *shape) if len(shape) > 1 else torch.zeros(2, 1, dtype=torch.int64)
+    return _probe(extractor, blank).shape[-1]
 
 
 def reason(error: BaseException) -> str:

@@ -27,7 +27,7 @@ class Federation:
         self._measured: dict[str, tuple[int, tuple[str, ...]]] = {}
         t = config.training
         drawn = AUGMENTATIONS[t.augment]
-        self.samples = Samples(dataset.images, dataset.labels, config.data.mean, config.data.std, drawn)
+        self.samples = Samples(dataset.inputs, dataset.labels, config.data.mean, config.data.std, drawn)
         self.optimizer = SGD(
             lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, reset_theta=t.theta_momentum == "reset"
         )

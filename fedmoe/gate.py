@@ -1,4 +1,4 @@
-"""The gate: a small private network that weighs the two experts for each sample."""
+"""The gate: a small private network that weighs the two experts for each sample, or each token of a text."""
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,35 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, ...] -> logits [B, 2]."""
         h = F.sigmoid(self.norm_hidden(self.fc1(self.norm_in(x.flatten(1)))))
+        out: Tensor = self.norm_out(self.fc2(h))
+        return out
+
+
+class TokenGate(nn.Module):
+    """The gate for each token of a sequence, from the embeddings of that token and of those before it.
+
+    It sees the token's own embedding beside the mean of all so far, so nothing that follows; the rest is as in `Gate`.
+    Arguments: `width` E of an embedding, `hidden` width, `norm` as in the configuration, none of it over a batch,
+    whose statistics would be of tokens to come.
+    """
+
+    def __init__(self, width: int, hidden: int, norm: str) -> None:
+        super().__init__()
+        kinds = gate_norms(norm)
+        assert not {"batch", "switch"} & set(kinds), kinds
+        first, second, third = kinds
+        self.norm_in = _norm(first, 2 * width)
+        self.fc1 = nn.Linear(2 * width, hidden)
+        self.norm_hidden = _norm(second, hidden)
+        self.fc2 = nn.Linear(hidden, 2)
+        self.norm_out = _norm(third, 2)
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """[B, T, E] -> logits [B, T, 2]."""
+        so_far = torch.arange(1, embedded.shape[1] + 1, device=embedded.device, dtype=torch.float32)
+        mean = embedded.float().cumsum(1) / so_far[:, None]
+        both = torch.cat([embedded, mean.to(embedded.dtype)], 2)
+        h = F.sigmoid(self.norm_hidden(self.fc1(self.norm_in(both))))
         out: Tensor = self.norm_out(self.fc2(h))
         return out
 

@@ -57,7 +57,7 @@ def look(config: Config, run: Path, device: torch.device) -> tuple[list[Gated], 
         client = open_client(config, id, run, device)
         outputs, labels = _outputs(client)
         if config.method == "fedmoe":
-            weights = outputs["gate"].softmax(dim=1)[:, 0]
+            weights = outputs["gate"][:, 0]
             finite = weights.isfinite()
             if finite.any():
                 gated.append(Gated(id, weights[finite].tolist(), labels[finite].tolist()))
@@ -78,18 +78,26 @@ def _chosen(run: Path) -> list[int]:
 
 @torch.no_grad()
 def _outputs(client: Client) -> tuple[dict[str, Tensor], Tensor]:
-    """What the client's branches give, each [n, ...], and the labels [n], all on the CPU."""
-    x, y = client.batch(client.held_out[:SAMPLES])
+    """What the client's branches give, and their mix, each [n, ...], and the labels [n], all on the CPU.
+
+    A text has the mean over its tokens, and where it comes from for a label.
+    """
+    samples = client.held_out[:SAMPLES]
+    x, y = client.batch(samples)
     client.mixture.eval()
     outputs = {name: branch(x).float().cpu() for name, branch in client.mixture.branches().items()}
-    return outputs, y.cpu()
+    if "gate" in outputs:
+        rows = {name: output.flatten(0, y.ndim - 1) for name, output in outputs.items()}
+        mixed = oracle.gated_mix(rows["global"], rows["local"], rows["gate"])
+        outputs = {**outputs, "mixed": mixed.unflatten(0, y.shape), "gate": outputs["gate"].softmax(dim=-1)}
+    if y.ndim > 1:
+        outputs = {name: output.mean(1) for name, output in outputs.items()}
+    return outputs, client.labels[samples].cpu()
 
 
 def _places(outputs: Mapping[str, Tensor]) -> dict[str, Places]:
     """Nothing where there is nothing to see: too few samples, all represented alike, or not by finite numbers."""
-    kinds = {name: outputs[name][:DOTS].flatten(1) for name in ("global", "local") if name in outputs}
-    if "global" in kinds and "gate" in outputs:
-        kinds["mixed"] = oracle.gated_mix(kinds["global"], kinds["local"], outputs["gate"][:DOTS])
+    kinds = {name: outputs[name][:DOTS].flatten(1) for name in ("global", "local", "mixed") if name in outputs}
     stacked = torch.cat(list(kinds.values())).numpy()
     if len(stacked) < 8 or not np.isfinite(stacked).all() or not stacked.std(axis=0).any() or stacked.shape[1] < 2:
         return {}

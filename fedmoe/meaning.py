@@ -57,8 +57,27 @@ def check(config: Config) -> None:
         )
     if kind == "natural" and not column:
         raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
-    gate_norms(config.gate.norm)
+    norms = gate_norms(config.gate.norm)
+    if config.data.kind == "text":
+        _check_text(config)
+        if config.method == "fedmoe" and (odd := {"batch", "switch"} & set(norms)):
+            raise UserError(
+                f'gate.norm is "{config.gate.norm}", but {sorted(odd)[0]} norm would tell a token of those to come, '
+                "as a batch's statistics are of all: take none or layer with text"
+            )
     _check_server(config)
+
+
+def _check_text(config: Config) -> None:
+    data, local = config.data, Config().model.local
+    if data.name == "digits":
+        raise UserError('data.name is "digits", which holds images: set it to stdlib, a file, a folder or a data set')
+    if config.partition.kind == "natural" and config.partition.column not in ("", "source"):
+        raise UserError(f'partition.column is "{config.partition.column}", must be source with text')
+    if config.model.local == local:
+        raise UserError("model.local names models for images: set language models, such as llama-tiny or hf/NAME")
+    if config.data.sequence_length < 2:
+        raise UserError(f"data.sequence_length is {config.data.sequence_length}, must be at least 2")
 
 
 def _check_server(config: Config) -> None:
@@ -89,6 +108,8 @@ def unused(config: Config) -> dict[str, str]:
         "krum": ["byzantine"],
         "multi_krum": ["byzantine", "chosen"],
     }.get(server.aggregation, [])
+    lora, tune = ["lora_rank", "lora_alpha", "lora_targets"], config.model.tune
+    of_text = [f"model.{name}" for name in ("weights", "tune", "attention", "activation_checkpointing")]
     alone = [
         *shared,
         "model.global_expert",
@@ -101,6 +122,11 @@ def unused(config: Config) -> dict[str, str]:
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
+        "data.kind": {
+            "images": ["data.text", "data.tokenizer", "data.sequence_length", *of_text],
+            "text": ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"],
+        }[config.data.kind],
+        "model.tune": [f"model.{name}" for name in {"full": [*lora, "frozen_dtype"], "frozen": lora}.get(tune, [])],
         "partition.kind": {
             "pathological": ["partition.alpha", "partition.column", "partition.options"],
             "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],

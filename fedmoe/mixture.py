@@ -4,21 +4,27 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmoe import config as settings
 from fedmoe import experts
-from fedmoe.config import Config
+from fedmoe.config import Config, Model
+from fedmoe.engine.pretend import pretended
 from fedmoe.engine.program import Branch, Outputs, Program
 from fedmoe.engine.seam import Payload, Schema, TensorSpec
 from fedmoe.engine.seeds import derive, globals_kept, seed_globals
 from fedmoe.errors import UserError
-from fedmoe.gate import Gate
-from fedmoe.kernels import gated_head, gated_mix, oracle
+from fedmoe.gate import Gate, TokenGate
+from fedmoe.kernels import gated_head, gated_lm_head, gated_mix, oracle
+from fedmoe.models import language
+from fedmoe.models.hf import Body
+from fedmoe.models.language import Language
 
 Made = TypeVar("Made")
 
@@ -37,8 +43,8 @@ class StaticGate(nn.Module):
         self.register_buffer("logits", torch.tensor([math.log(max(w, 1e-300)) for w in (weight, 1 - weight)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> logits [B, 2]."""
-        return self.logits.expand(x.shape[0], 2)
+        """[B, ...] -> logits [B, 2]; embeddings of tokens [B, T, E] -> logits [B, T, 2]."""
+        return self.logits.expand(*x.shape[: 2 if x.ndim == 3 else 1], 2)
 
 
 class Mixture(nn.Module):
@@ -47,18 +53,22 @@ class Mixture(nn.Module):
     With `global_expert` and `gate` both None it is the local model alone, the control `method = "local"`. An `adapter`,
     as private as the gate, makes a representation of the local expert's width of the global expert's. `head` is as in
     the configuration (`engine.head`).
+
+    Of a language model all this is for each token: inputs are tokens [B, T], and the gate reads the embeddings that the
+    local expert begins with (`local.extractor.embed`), which it does not train. `softcap`, where there is one, caps the
+    logits: softcap * tanh(logits / softcap).
     """
 
     def __init__(
         self,
         global_expert: nn.Module | None,
-        local: experts.Split,
+        local: experts.Split | Language,
         gate: nn.Module | None,
         head: str = "plain",
         adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.softcap = head, local.softcap if isinstance(local, Language) else None
         assert (global_expert is None) == (gate is None)
         if global_expert is not None and gate is not None:
             self.global_expert = global_expert
@@ -73,24 +83,32 @@ class Mixture(nn.Module):
         if not hasattr(self, SHARED):
             return {"local": self.local_expert}
         shared = self._adapted if hasattr(self, "adapter") else self.global_expert
-        return {"global": shared, "local": self.local_expert, "gate": self.gate}
+        gate = self._token_gate if hasattr(self.local_expert, "embed") else self.gate
+        return {"global": shared, "local": self.local_expert, "gate": gate}
+
+    def _token_gate(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.gate(_embedded(self.local_expert, tokens).detach())
+        return out
 
     def _adapted(self, x: Tensor) -> Tensor:
         out: Tensor = self.adapter(self.global_expert(x))
         return out
 
     def logits(self, outputs: Outputs) -> Tensor:
-        """Branch outputs -> logits [B, C]."""
+        """Branch outputs -> logits [B, C], or [B, T, C]."""
         mixed = outputs["local"]
         if "gate" in outputs:
-            operands = outputs["global"], outputs["local"], outputs["gate"]
+            rows = mixed.shape[:-1]
+            operands = tuple(outputs[name].flatten(0, -2) for name in ("global", "local", "gate"))
             fused = _takes(self.head, gated_mix.gated_mix_supported, *operands)
-            mixed = gated_mix.gated_mix(*operands) if fused else oracle.gated_mix(*operands)
+            mixed = (gated_mix.gated_mix(*operands) if fused else oracle.gated_mix(*operands)).unflatten(0, rows)
         out: Tensor = self.header(mixed)
-        return out
+        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
 
     def join(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Branch outputs and targets [B] -> (mean cross-entropy [], correct predictions [])."""
+        """Branch outputs and targets [B] or [B, T] -> (mean cross-entropy [], correct predictions [])."""
+        if targets.ndim == 2:
+            return self._join_tokens(outputs, targets.flatten())
         header = self.header
         if "gate" in outputs and isinstance(header, nn.Linear) and _only_linear(header):
             operands = outputs["global"], outputs["local"], outputs["gate"], header.weight, header.bias, targets
@@ -99,14 +117,27 @@ class Mixture(nn.Module):
         logits = self.logits(outputs)
         return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).sum()
 
+    def _join_tokens(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
+        header, rows = self.header, {name: output.flatten(0, -2) for name, output in outputs.items()}
+        if "gate" in rows and isinstance(header, nn.Linear) and _only_linear(header):
+            # Norms that stay in fp32 beside low precision give representations of another type than the header has.
+            both = [rows[name].to(header.weight.dtype) for name in ("global", "local")]
+            operands = *both, rows["gate"], header.weight, header.bias, targets
+            if _takes(self.head, gated_lm_head.gated_lm_head_supported, *operands):
+                return gated_lm_head.gated_lm_head(*operands, softcap=self.softcap)
+        logits = self.logits(rows)
+        return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).sum()
+
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, channels, height, width] -> logits [B, C], by the whole mixture."""
+        """Images [B, channels, height, width] -> logits [B, C], or tokens [B, T] -> [B, T, V], by the mixture."""
         return self.logits(self.program().run(x))
 
     def weights(self, x: Tensor) -> Tensor:
-        """The experts' weights [B, 2] for each sample, order [global, local]; not defined for the local model alone."""
-        weights: Tensor = self.gate(x).softmax(dim=1)
-        return weights
+        """The experts' weights for each sample [B, 2] or token [B, T, 2], order [global, local].
+
+        Not defined for the local model alone.
+        """
+        return self.branches()["gate"](x).softmax(dim=-1)
 
     def program(self) -> Program:
         """This mixture as an engine runs it."""
@@ -140,41 +171,57 @@ def _in_memory() -> Iterator[None]:
 
 
 @_in_memory()
-def build(config: Config, client: int, shape: tuple[int, int, int], classes: int) -> Mixture:
-    """Client `client`'s untrained mixture for images of `shape` (channels, height, width).
+def build(config: Config, client: int, shape: tuple[int, ...], outputs: int) -> Mixture:
+    """Client `client`'s untrained mixture for images of `shape` (channels, height, width), or texts of (T,) tokens.
 
     Every part has a seed of its own, so the controls start from the same local model; the global expert's is the same
     for all clients. Raises UserError where the experts' representations differ in width and no adapter is wanted.
     """
     name = config.model.local[client % len(config.model.local)]
-    local = _seeded(config.seed, "init/local", client, lambda: experts.build(name, shape, classes))
+    local = _seeded(config.seed, "init/local", client, lambda: _expert(config.model, name, shape, outputs))
     if config.method == "local":
         return Mixture(None, local, None, _head(config))
-    shared = build_global(config, shape, classes)
+    shared = build_global(config, shape, outputs)
     ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
     adapter = None
     if ours != theirs:
         if config.model.adapter == "none":
             raise UserError(
-                f"local model {name!r} represents an image in {ours} numbers, global expert "
-                f"{config.model.global_expert!r} in {theirs}: both must be equal; change model.local or "
+                f"local model {name!r} represents {'an image' if len(shape) > 1 else 'a token'} in {ours} numbers, "
+                f"global expert {config.model.global_expert!r} in {theirs}: both must be equal; change model.local or "
                 'model.global_expert, or set model.adapter to "linear"'
             )
         adapter = _seeded(config.seed, "init/adapter", client, lambda: nn.Linear(theirs, ours))
     gate: nn.Module = StaticGate(config.static_weight)
     if config.method == "fedmoe":
-        features = math.prod(shape)
-        gate = _seeded(config.seed, "init/gate", client, lambda: Gate(features, config.gate.hidden, config.gate.norm))
+        gate = _seeded(config.seed, "init/gate", client, lambda: _gate(config.gate, local, shape))
     return Mixture(shared, local, gate, _head(config), adapter)
 
 
-def build_global(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build_global(config: Config, shape: tuple[int, ...], outputs: int) -> nn.Module:
     """The untrained global expert: every client and the server start from the same."""
     name = config.model.global_expert
-    made = _seeded(config.seed, "init/global", 0, lambda: experts.build(name, shape, classes)).extractor
+    # All of it trains, whatever trains of the local experts.
+    model = replace(config.model, tune="full")
+    made = _seeded(config.seed, "init/global", 0, lambda: _expert(model, name, shape, outputs)).extractor
+    if isinstance(made, Body):
+        made.forget_head()
     if not list(made.parameters()) or any(t.dtype != torch.float32 for t in theta_tensors(made)):
         raise UserError(f"global expert {name!r} must have parameters, and all its floating-point tensors in float32")
     return made
+
+
+def blank(count: int, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor]:
+    """So many blank inputs and their targets: fp32 [B, C, H, W] and int64 [B], or int64 [B, T] both."""
+    y = torch.arange(count) % outputs
+    if len(shape) > 1:
+        return torch.zeros(count, *shape), y
+    return torch.zeros(count, *shape, dtype=torch.int64), y[:, None].expand(count, *shape)
+
+
+def trial(model: Mixture, shape: tuple[int, ...]) -> AbstractContextManager[Mixture]:
+    """A copy to try things with; a language model's, which may be large, has no memory, nor has what it computes."""
+    return pretended(model) if len(shape) == 1 else nullcontext(copy.deepcopy(model))
 
 
 def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
@@ -201,29 +248,31 @@ def schema(global_expert: nn.Module | None) -> Schema:
     return {"theta": TensorSpec(torch.float32, (sum(t.numel() for t in theta_tensors(global_expert)),))}
 
 
-def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classes: int, batch: int, who: str) -> None:
-    """Take a training step and evaluate on `batch` blank images, on a copy; raise UserError about `who` if that fails.
+def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: int, batch: int, who: str) -> None:
+    """Take a training step and evaluate on `batch` blank inputs, on a copy; raise UserError about `who` if that fails.
 
     A model that cannot train, or whose state is not all in parameters and buffers that exist from the start, is found
     here, before anything is written.
     """
-    model = copy.deepcopy(model)
-    model.head = "plain"  # the kernels do not run on the CPU, where this is
-    before = _tensors(model)
     for module in model.modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             kind = type(module).__name__
             raise UserError(f"{who}: {kind} keeps state outside of tensors, which would be lost: use buffers")
-    x, y = torch.zeros(batch, *shape), torch.arange(batch) % classes
-    try:
-        with globals_kept():
-            model.train().join(model.program().run(x), y)[0].backward()
-            t = config.training
-            torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay).step()
-            model.eval()(x)
-    except (Exception, SystemExit) as error:  # whatever a user's model raises
-        fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
-        raise UserError(f"{who}: a training step with {batch} samples fails: {experts.reason(error)}{fix}") from error
+    before = _tensors(model)
+    with trial(model, shape) as model:
+        model.head = "plain"  # the kernels do not run on the CPU, where this is
+        x, y = blank(batch, shape, outputs)
+        try:
+            with globals_kept():
+                model.train().join(model.program().run(x), y)[0].backward()
+                t = config.training
+                torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay).step()
+                model.eval()(x)
+        except (Exception, SystemExit) as error:  # whatever a user's model raises
+            fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
+            raise UserError(
+                f"{who}: a training step with {batch} samples fails: {experts.reason(error)}{fix}"
+            ) from error
     if odd := sorted(set(before.items()) ^ set(_tensors(model).items())):
         raise UserError(
             f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"
@@ -249,6 +298,26 @@ def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Ten
     if head == "fused" and not able:
         raise UserError(f'engine.head is "fused", but the kernels cannot run: {why}; choose "auto" or "plain"')
     return able
+
+
+def _expert(model: Model, name: str, shape: tuple[int, ...], outputs: int) -> experts.Split | Language:
+    if len(shape) == 1:
+        return language.make(name, model, outputs, shape[0])
+    channels, height, width = shape
+    return experts.build(name, (channels, height, width), outputs)
+
+
+def _gate(config: settings.Gate, local: experts.Split | Language, shape: tuple[int, ...]) -> nn.Module:
+    if len(shape) > 1:
+        return Gate(math.prod(shape), config.hidden, config.norm)
+    width = _embedded(local.extractor, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    return TokenGate(width, config.hidden, config.norm)
+
+
+def _embedded(extractor: nn.Module, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, E]
+    embed: Any = extractor.embed
+    out: Tensor = embed(tokens)
+    return out
 
 
 def _only_linear(header: nn.Linear) -> bool:

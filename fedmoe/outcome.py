@@ -53,6 +53,8 @@ class Round:
     aggregated: Over | None = None
     """With the newly aggregated one."""
     test_loss: Over | None = None
+    perplexity: Over | None = None
+    """Of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ def _round(line: Line, clients: int) -> Round:
         accuracy=_over(line, "accuracy", evaluated),
         aggregated=_over(line, "accuracy_aggregated", evaluated),
         test_loss=_over(line, "test_loss", evaluated),
+        perplexity=_over(line, "perplexity", evaluated),
     )
 
 

@@ -1,6 +1,5 @@
 """`fedmoe plan`, and what it shares with the start of a run: device, split and models, all checked, and the sizes."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -77,24 +76,18 @@ def deal(config: Config, dataset: Dataset) -> Split:
     return split
 
 
-def shape(dataset: Dataset) -> tuple[int, int, int]:
-    """Channels, height and width of an image."""
-    _, channels, height, width = dataset.images.shape
-    return channels, height, width
-
-
 def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]:
     """An untrained mixture for each local model in use, by name, every one rehearsed with its smallest client's batch.
 
     Raises UserError for the first that cannot train.
     """
-    n, classes, made = config.federation.clients, len(dataset.classes), {}
+    n, made = config.federation.clients, {}
     for first, name in enumerate(config.model.local[:n]):
-        model = made[name] = mixture.build(config, first, shape(dataset), classes)
+        model = made[name] = mixture.build(config, first, dataset.shape, dataset.outputs)
         owners = range(first, n, len(config.model.local))
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
-        mixture.rehearse(config, model, shape(dataset), classes, batch, f"model {name!r}, client {smallest}")
+        mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())
     if config.model.adapter != "none" and config.method != "local" and unused:
         warn(f"model.adapter = {config.model.adapter} has no effect where all experts are of one width")
@@ -109,20 +102,20 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
     held_out = max(len(split.test(client)) for client in range(n))
     return Sizes(
         architectures=tuple(
-            _architecture(config, name, owned.count(name), model, shape(dataset), len(dataset.classes))
+            _architecture(config, name, owned.count(name), model, dataset.shape, dataset.outputs)
             for name, model in models.items()
         ),
         clients=n,
         sampled=per_round(config),
         batch=min(config.training.batch_size, largest),
         evaluation_batch=min(config.evaluation.batch_size, held_out),
-        samples=dataset.images.nbytes + dataset.labels.nbytes,
+        samples=dataset.inputs.nbytes + dataset.labels.nbytes,
         branches=max(len(model.branches()) for model in models.values()),
     )
 
 
 def _architecture(
-    config: Config, name: str, clients: int, model: Mixture, shape: tuple[int, int, int], classes: int
+    config: Config, name: str, clients: int, model: Mixture, shape: tuple[int, ...], outputs: int
 ) -> Architecture:
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -135,28 +128,29 @@ def _architecture(
         frozen=sum(p.numel() for p in frozen),
         buffers=buffers,
         state=sum(p.nbytes for p in model.parameters()) + buffers + momentum,
-        activations=_kept(model, shape, classes),
+        activations=_kept(model, shape, outputs),
         batch_statistics=any(isinstance(module, _BatchNorm | SwitchNorm) for module in model.modules()),
     )
 
 
-def _kept(model: Mixture, shape: tuple[int, int, int], classes: int) -> int:
+def _kept(model: Mixture, shape: tuple[int, ...], outputs: int) -> int:
     """Bytes that the backward pass keeps for one sample, besides the model's own; found by a step on two, on a copy."""
-    model = copy.deepcopy(model).train()
-    model.head = "plain"
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
+    with mixture.trial(model, shape) as model, globals_kept():
+        model.train().head = "plain"
+        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        kept: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
 
-    with globals_kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        # Held until the sum is taken: a storage that is let go of could lend its address to the next.
-        loss, _ = model.join(model.program().run(torch.zeros(2, *shape)), torch.arange(2) % classes)
-    count = sum(size for address, size in kept.items() if address not in own)
-    del loss
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            # Held until the sum is taken: a storage that is let go of could lend its address to the next.
+            x, y = mixture.blank(2, shape, outputs)
+            loss, _ = model.join(model.program().run(x), y)
+        count = sum(size for address, size in kept.items() if address not in own)
+        del loss
     return -(-count // 2)
 
 

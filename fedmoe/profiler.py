@@ -260,7 +260,7 @@ def _memory(made: Subject, step: Operators | None) -> Iterator[Memory]:
         yield Memory("gradients and activations of one client's step, at their peak", step.peak_bytes, here)
     samples = engine.site.federation.samples
     yield Memory(
-        "samples", samples.images.nbytes + samples.labels.nbytes, here if engine.site.loader.resident else "host"
+        "samples", samples.inputs.nbytes + samples.labels.nbytes, here if engine.site.loader.resident else "host"
     )
 
 

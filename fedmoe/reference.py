@@ -112,7 +112,8 @@ class ReferenceEngine:
                 del self._before[client.id]
             metrics |= {"rolled_back": 1, "seconds": time.perf_counter() - start}
             return outgoing(client.id, client.schema, job.payload, 0, metrics)
-        metrics |= {"loss": losses.item() / (epochs * steps), "accuracy": correct.item() / samples}
+        predictions = samples * client.targets
+        metrics |= {"loss": losses.item() / (epochs * steps), "accuracy": correct.item() / predictions}
         metrics["seconds"] = time.perf_counter() - start
         return outgoing(client.id, client.schema, client.payload(), client.training, metrics)
 
@@ -129,11 +130,12 @@ class ReferenceEngine:
                 if self.stop.is_set():
                     raise Interrupted
                 x, y = client.batch(indices)
-                logits = client.program.logits(client.program.run(x))
-                loss += F.cross_entropy(logits, y, reduction="sum")
-                correct += (logits.argmax(1) == y).sum()
+                logits = client.program.logits(client.program.run(x)).flatten(0, -2)
+                loss += F.cross_entropy(logits, y.flatten(), reduction="sum")
+                correct += (logits.argmax(1) == y.flatten()).sum()
         n = len(client.held_out)
-        metrics: Metrics = {"accuracy": correct.item() / n, "loss": loss.item() / n}
+        predictions = n * client.targets
+        metrics: Metrics = {"accuracy": correct.item() / predictions, "loss": loss.item() / predictions}
         metrics["seconds"] = time.perf_counter() - start
         return outgoing(client.id, {}, {}, n, metrics)
 

@@ -83,6 +83,27 @@ def loss(found: Sequence[Round]) -> Figure | None:
     return Figure("loss", f"Loss by round, {', '.join(name for name, _ in legend)}", 340, data, layout, legend=legend)
 
 
+def perplexity(found: Sequence[Round]) -> Figure | None:
+    """Of held-out text by round, the mean of clients and the lowest and highest; None where no round has one."""
+    known = _thinned([r for r in found if r.perplexity is not None and r.perplexity.mean is not None])
+    if not known:
+        return None
+    x, data, legend = [r.number for r in known], [], []
+    kept = [[v for v in r.perplexity.clients if v is not None] for r in known if r.perplexity is not None]
+    for name, color, dash, values in (
+        ("mean of clients", "var(--accent)", "solid", [sum(v) / len(v) for v in kept]),
+        ("lowest", GRAY, "dot", [min(v) for v in kept]),
+        ("highest", GRAY, "dash", [max(v) for v in kept]),
+    ):
+        said = [f"round {at}<br>{name}: {value:,.2f}" for at, value in zip(x, values, strict=True)]
+        data.append(_line(name, x, [_short(value) for value in values], color, dash) | {"customdata": said})
+        legend.append((name, color))
+    scale = {"type": "log", "tickformat": "~s"}
+    layout = {"margin": MARGIN, "xaxis": _rounds(x), "yaxis": AXIS | APART | scale | {"title": {"text": "perplexity"}}}
+    what = f"Perplexity by round: {data[0]['y'][-1]} after round {x[-1]}, mean of clients"
+    return Figure("perplexity", what, 340, data, layout, legend=legend)
+
+
 def clients(line: Round, models: Sequence[str]) -> Figure | None:
     """Accuracy of each evaluated client, sorted, a color for each model; None where none has one."""
     assert line.accuracy is not None

@@ -71,10 +71,12 @@ class ReportSections:
     def all(self) -> Iterator[Section]:
         """Each, with content or without."""
         s = self._s
-        over_rounds = [self._figure(made(s.rounds)) for made in (reportfigures.accuracy, reportfigures.loss)]
+        kinds = (reportfigures.accuracy, reportfigures.loss, reportfigures.perplexity)
+        over_rounds = [self._figure(kind(s.rounds)) for kind in kinds]
         yield Section("numbers", "Key numbers", self._numbers())
         yield Section("accuracy", "Accuracy over rounds", over_rounds[0], half=True)
         yield Section("loss", "Loss over rounds", over_rounds[1], half=True)
+        yield Section("perplexity", "Perplexity over rounds", over_rounds[2])
         yield Section("clients", "Clients", self._clients())
         yield Section("gate", "The gate", self._gate())
         yield Section("representations", "Representations", self._representations())
@@ -105,6 +107,8 @@ class ReportSections:
             assert self._last is not None
             more = f"± {over.std:.3f} over {_many(over)}, " if over.std is not None else ""
             yield f"accuracy, {name}", _accuracy(over.mean), f"{more}held-out samples, after round {self._last.number}"
+        if self._last is not None and (found := self._last.perplexity) is not None and found.mean is not None:
+            yield "perplexity", f"{found.mean:,.2f}", f"± {found.std:,.2f} over {_many(found)}, held-out tokens"
         if self._best is not None and self._best is not self._last and self._best.accuracy:
             yield "best accuracy", _accuracy(self._best.accuracy.mean), f"mean, after round {self._best.number}"
         yield "rounds", f"{len(s.rounds)}", "all" if len(s.rounds) == wanted else f"of {wanted}"
@@ -155,9 +159,12 @@ class ReportSections:
             values = [over.clients[order[client]] for over in kinds.values()]
             sizes = [f"{self._s.train[client]:,}", f"{self._s.test[client]:,}"]
             cells = [Cell(_accuracy(value), bar=value) for value in values]
+            if line.perplexity is not None:
+                value = line.perplexity.clients[order[client]]
+                cells.append(Cell("not finite" if value is None else f"{value:,.2f}"))
             rows.append([str(client), self._model(client), *sizes, *cells])
         many = f"Clients ({LISTED} of lowest accuracy)" if len(order) > LISTED else "Clients"
-        head = ["client", "model", "train", "test", *kinds]
+        head = ["client", "model", "train", "test", *kinds, *(["perplexity"] if line.perplexity is not None else [])]
         return details(many, table(many, head, rows, words=(0, 1)))
 
     def _gate(self) -> str:

@@ -118,11 +118,13 @@ def evaluation(
     clients: list[int],
     theta: Payload,
     aggregated: bool,
+    text: bool,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Line:
     """Accuracy and loss of `clients` on their held-out samples, with their own theta and, if asked, with the given.
 
-    Clients whose loss is not finite are named. `progress` hears how many of how many evaluations are done.
+    Of text perplexity, too, which is e to the power of the mean loss of a token. Clients whose loss is not finite are
+    named. `progress` hears how many of how many evaluations are done.
     """
     line: Line = {"evaluated": clients}
     kinds: dict[str, Payload] = {"": {}} | ({"_aggregated": theta} if aggregated and theta else {})
@@ -133,7 +135,10 @@ def evaluation(
             results.append(result)
             progress(i * len(clients) + len(results), len(kinds) * len(clients))
         line[f"accuracy{suffix}"] = spread([_number(r, "accuracy") for r in results])
-        line[f"test_loss{suffix}"] = spread([_number(r, "loss") for r in results])
+        losses = [_number(r, "loss") for r in results]
+        line[f"test_loss{suffix}"] = spread(losses)
+        if text:
+            line[f"perplexity{suffix}"] = spread([math.exp(loss) if loss < 700 else math.inf for loss in losses])
         not_finite |= {r.client for r in results if not math.isfinite(_number(r, "loss"))}
     line["not_finite"] = sorted(not_finite)
     return line
@@ -196,7 +201,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
     if number % config.evaluation.every == 0 or number == config.federation.rounds:
         everyone = list(range(config.federation.clients))
         clients = everyone if config.evaluation.clients == "all" else sampled
-        line |= evaluation(engine, number, clients, theta, config.evaluation.aggregated, display.evaluating)
+        text = config.data.kind == "text"
+        line |= evaluation(engine, number, clients, theta, config.evaluation.aggregated, text, display.evaluating)
     end = time.perf_counter()
     line["seconds"] = {
         "round": end - start,

@@ -59,7 +59,7 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     device = planning.device(config, config.run.threads)
     mixture.check_head(config, device)
     dataset = load_data(config.data, config.seed)
-    split, shape, classes = planning.deal(config, dataset), planning.shape(dataset), len(dataset.classes)
+    split = planning.deal(config, dataset)
     models = planning.models(config, dataset, split)
     engines.check(config, models)
     plan = None
@@ -69,7 +69,7 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
             warn(line)
     theta = {}
     if config.method != "local":
-        theta = mixture.pack(mixture.theta_tensors(mixture.build_global(config, shape, classes)))
+        theta = mixture.pack(mixture.theta_tensors(mixture.build_global(config, dataset.shape, dataset.outputs)))
     run.mkdir(parents=True, exist_ok=True)
     with locked(run):
         _check_free(run)  # once more: another process may have been faster
@@ -117,7 +117,9 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
         theta = checkpoint.load(run, manifest.server)
         chosen = sorted(set(clients)) or list(range(n))
         with engines.opened(config, run, device) as engine:
-            line = {"round": manifest.round} | evaluation(engine, manifest.round, chosen, theta, aggregated)
+            line = {"round": manifest.round} | evaluation(
+                engine, manifest.round, chosen, theta, aggregated, config.data.kind == "text"
+            )
     if as_json:
         print(json.dumps(line))
     else:

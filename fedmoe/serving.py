@@ -137,7 +137,7 @@ def from_run(run: Path, client: int, aggregated: bool = False) -> Served:
                 raise UserError('there is nothing aggregated with method = "local": leave --aggregated out')
             mixture.unpack(checkpoint.load(run, manifest.server), mixture.theta_tensors(opened.global_expert))
         classes = load_data(config.data, config.seed).classes
-    _, channels, height, width = opened.images.shape
+    _, channels, height, width = opened.inputs.shape
     own = dataclasses.replace(config.model, local=(opened.model,))
     theta: Literal["own", "aggregated", "none"] = "aggregated" if aggregated else "own"
     card = Card(

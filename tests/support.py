@@ -49,9 +49,7 @@ def begin(config: Config, run: Path) -> Path:
 def theta(config: Config) -> Payload:
     """Theta before the first round."""
     data = load_data(config.data, config.seed)
-    _, channels, height, width = data.images.shape
-    global_expert = mixture.build_global(config, (channels, height, width), len(data.classes))
-    return mixture.pack(mixture.theta_tensors(global_expert))
+    return mixture.pack(mixture.theta_tensors(mixture.build_global(config, data.shape, data.outputs)))
 
 
 def unequal(config: Config, **sections: Any) -> Config:

@@ -68,13 +68,13 @@ def complaint(**config: Any) -> str:
 
 def test_digits_are_resized_to_28_gray_pixels() -> None:
     digits = data.load(Data(), seed=0)
-    assert digits.images.shape == (1797, 1, 28, 28)
-    assert digits.images.dtype == torch.uint8
+    assert digits.inputs.shape == (1797, 1, 28, 28)
+    assert digits.inputs.dtype == torch.uint8
     assert digits.labels.dtype == torch.int64
     assert digits.labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert digits.classes == tuple("0123456789")
-    assert digits.images.amax() == 255
-    assert data.load(Data(image_size=8), seed=0).images[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
+    assert digits.inputs.amax() == 255
+    assert data.load(Data(image_size=8), seed=0).inputs[0, 0, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
 
 
 def test_splits_are_pooled_in_sorted_order_and_pixels_survive(tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_splits_are_pooled_in_sorted_order_and_pixels_survive(tmp_path: Path) ->
     found = data.load(Data(name=str(tmp_path)), seed=0)
     assert found.labels.tolist() == [1, 0, 1, 0, 1, 2, 2]
     assert found.classes == ("cat", "dog", "owl")
-    assert found.images.shape == (7, 3, 4, 6)
+    assert found.inputs.shape == (7, 3, 4, 6)
     for row in range(7):
         expected = np.random.default_rng(row).integers(0, 256, (4, 6, 3)).astype(np.uint8)
-        assert np.array_equal(found.images[row].numpy().transpose(1, 2, 0), expected)
+        assert np.array_equal(found.inputs[row].numpy().transpose(1, 2, 0), expected)
     train = data.load(Data(name=str(tmp_path), splits=("train",)), seed=0)
-    assert torch.equal(train.images, found.images[3:])
+    assert torch.equal(train.inputs, found.inputs[3:])
 
 
 def test_a_data_subfolder_and_a_file_without_shard_numbers_are_found(tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_limit_keeps_a_seeded_subset_in_order(tmp_path: Path) -> None:
     write(tmp_path / "test.parquet", [0] * 10, [picture(row) for row in range(10)])
     write(tmp_path / "train.parquet", [1] * 20, [picture(row) for row in range(10, 30)])
     whole = data.load(Data(name=str(tmp_path)), seed=0)
-    number = {bytes(image.numpy().tobytes()): row for row, image in enumerate(whole.images)}
+    number = {bytes(image.numpy().tobytes()): row for row, image in enumerate(whole.inputs)}
     drawn = []
     for seed in (0, 0, 1):
         part = data.load(Data(name=str(tmp_path), limit=12), seed=seed)
-        rows = [number[image.numpy().tobytes()] for image in part.images]
+        rows = [number[image.numpy().tobytes()] for image in part.inputs]
         assert len(set(rows)) == 12
         assert rows == sorted(rows)
         assert torch.equal(part.labels, whole.labels[rows])
@@ -131,12 +131,12 @@ def test_limit_keeps_a_seeded_subset_in_order(tmp_path: Path) -> None:
 )
 def test_gray_stays_gray_and_the_rest_becomes_rgb(tmp_path: Path, mode: str, kind: str, channels: int) -> None:
     write(tmp_path / "train.parquet", [0], [picture(0, mode=mode, kind=kind)])
-    assert data.load(Data(name=str(tmp_path)), seed=0).images.shape == (1, channels, 4, 6)
+    assert data.load(Data(name=str(tmp_path)), seed=0).inputs.shape == (1, channels, 4, 6)
 
 
 def test_image_size_resizes_whatever_the_size(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", [0, 1], [picture(0, (6, 4)), picture(1, (9, 9))])
-    assert data.load(Data(name=str(tmp_path), image_size=5), seed=0).images.shape == (2, 3, 5, 5)
+    assert data.load(Data(name=str(tmp_path), image_size=5), seed=0).inputs.shape == (2, 3, 5, 5)
 
 
 def test_columns_can_be_named_and_labels_need_no_names(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_importing_the_module_imports_no_reader() -> None:
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason="CIFAR-10 in parquet is not beside the checkout")
 def test_cifar10() -> None:
     found = data.load(Data(name=str(CIFAR10), splits=("test",), limit=500), seed=0)
-    assert found.images.shape == (500, 3, 32, 32)
+    assert found.inputs.shape == (500, 3, 32, 32)
     assert found.classes[0] == "airplane"
     assert found.labels.bincount(minlength=10).min() > 20
-    assert found.images.float().mean().item() == pytest.approx(121, abs=4)
+    assert found.inputs.float().mean().item() == pytest.approx(121, abs=4)

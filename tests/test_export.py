@@ -86,7 +86,7 @@ def test_programs_give_the_models_numbers(tmp_path: Path, kind: str) -> None:
 def held_out(run: Path, client: int) -> tuple[Tensor, Tensor]:
     config = read(run / "config.toml")
     data, chosen = load_data(config.data, config.seed), Split.load(run / "partition.safetensors").test(client)
-    return data.images[chosen], data.labels[chosen]
+    return data.inputs[chosen], data.labels[chosen]
 
 
 @pytest.mark.parametrize("aggregated", [False, True])

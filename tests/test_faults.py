@@ -78,7 +78,7 @@ def check_private_parts_persist_between_rounds(engine: ReferenceEngine, config: 
 def check_evaluation_uses_the_whole_mixture(engine: ReferenceEngine, config: Config) -> None:
     client = engine.client(2)
     list(engine.run("train", [Job(2, 1, client.payload(), {"epochs": 3})]))
-    x = (client.images[client.held_out].float() / 255 - 0.5) / 0.5
+    x = (client.inputs[client.held_out].float() / 255 - 0.5) / 0.5
     m = client.mixture.eval()
     with torch.no_grad():
         a = m.gate(x).softmax(1)
@@ -92,8 +92,8 @@ def check_evaluation_is_on_samples_never_trained_on(engine: ReferenceEngine, con
     data, split = load_data(config.data, config.seed), Split.load(engine.folder / "partition.safetensors")
     for client in map(engine.client, range(config.federation.clients)):
         trained, held_out = split.train(client.id), split.test(client.id)
-        assert torch.equal(client.images[: client.training], data.images[trained])
-        assert torch.equal(client.images[client.held_out], data.images[held_out])
+        assert torch.equal(client.inputs[: client.training], data.inputs[trained])
+        assert torch.equal(client.inputs[client.held_out], data.inputs[held_out])
         assert torch.equal(client.labels[client.held_out], data.labels[held_out])
         assert not set(trained.tolist()) & set(held_out.tolist())
 

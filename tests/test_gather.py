@@ -58,7 +58,7 @@ def test_oracle_is_a_clients_batch(
 ) -> None:
     client = opened(changed(config, data={"mean": mean, "std": std})).client(1)
     indices = torch.tensor([3, 0, 3, 11])
-    given = Batch(client.images, client.labels, indices, torch.tensor([mean]), torch.tensor([std]), None)
+    given = Batch(client.inputs, client.labels, indices, torch.tensor([mean]), torch.tensor([std]), None)
     assert_same(plain(*given), client.batch(indices))
 
 

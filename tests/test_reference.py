@@ -48,7 +48,7 @@ def test_two_rounds_are_the_papers_arithmetic(config: Config, opened: Opened, po
             order = torch.randperm(client.training, generator=generator(config.seed, "order", 0, number, epoch))
             for start in range(0, client.training - 7, 8):
                 chosen = order[start : start + 8]
-                x, y = (client.images[chosen].double() / 255 - 0.5) / 0.5, client.labels[chosen]
+                x, y = (client.inputs[chosen].double() / 255 - 0.5) / 0.5, client.labels[chosen]
                 a = gate.fc2(torch.sigmoid(gate.fc1(x.flatten(1)))).softmax(1)
                 mixed = a[:, :1] * m.global_expert(x) + a[:, 1:] * m.local_expert(x)
                 m.zero_grad()
@@ -98,7 +98,7 @@ def test_evaluation_is_on_held_out_samples_by_the_full_mixture(config: Config, o
     [result] = engine.run("evaluate", [Job(1, 1, {})])
     client = engine.client(1)
     held_out = torch.arange(client.training, len(client.labels))
-    x = (client.images[held_out].float() / 255 - 0.5) / 0.5
+    x = (client.inputs[held_out].float() / 255 - 0.5) / 0.5
     with torch.no_grad():
         logits = client.mixture.eval()(x)
     hits = (logits.argmax(1) == client.labels[held_out]).float().mean()

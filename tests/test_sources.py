@@ -31,14 +31,14 @@ def complaint(path: Path, **config: Any) -> str:
 
 def as_pairs(found: data.Dataset) -> list[tuple[bytes, str]]:
     """Images with their classes' names, in an order of their own."""
-    names = ((image.numpy().tobytes(), found.classes[y]) for image, y in zip(found.images, found.labels, strict=True))
+    names = ((image.numpy().tobytes(), found.classes[y]) for image, y in zip(found.inputs, found.labels, strict=True))
     return sorted(names)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_kind_gives_the_same_samples(tmp_path: Path, kind: str) -> None:
     found = load(SOURCES[kind](tmp_path))
-    assert found.images.shape == (12, 1, 5, 6) and found.images.dtype == torch.uint8
+    assert found.inputs.shape == (12, 1, 5, 6) and found.inputs.dtype == torch.uint8
     named = "idx" not in kind  # which has no names
     assert found.classes == (CLASSES if named else ("0", "1", "2"))
     expected = [(p.tobytes(), CLASSES[y] if named else str(y)) for p, y in zip(PIXELS, LABELS, strict=True)]
@@ -49,7 +49,7 @@ def test_every_kind_gives_the_same_samples(tmp_path: Path, kind: str) -> None:
 def test_limit_splits_and_sizes_work_for_every_kind(tmp_path: Path, kind: str) -> None:
     path = SOURCES[kind](tmp_path)
     part = load(path, limit=5, image_size=4)
-    assert part.images.shape == (5, 1, 4, 4)
+    assert part.inputs.shape == (5, 1, 4, 4)
     assert load(path, splits=("train",)).labels.bincount().tolist() in ([3, 3, 2], [4, 4, 4])
     assert "has no split 'dev': set data.splits to any of" in complaint(path, splits=("dev",))
 
@@ -86,7 +86,7 @@ def test_arrays_are_found_by_their_names_or_as_the_only_ones(tmp_path: Path, nam
     np.savez(tmp_path / "a.npz", **given)
     found = load(tmp_path / "a.npz")
     assert found.labels.tolist() == LABELS.tolist()
-    assert torch.equal(found.images[:, 0], torch.from_numpy(PIXELS))
+    assert torch.equal(found.inputs[:, 0], torch.from_numpy(PIXELS))
 
 
 def test_bytes_are_text(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_arrays_that_may_be_meant_are_listed(tmp_path: Path) -> None:
     said = complaint(path)
     assert "2 arrays may be the images among a uint8[12, 5, 6], b " in said and said.endswith("name one in data.image")
     assert complaint(path, image="a").endswith("name one in data.label")
-    assert torch.equal(load(path, image="b", label="c").images[:, 0], torch.from_numpy(255 - PIXELS))
+    assert torch.equal(load(path, image="b", label="c").inputs[:, 0], torch.from_numpy(255 - PIXELS))
     assert "0 arrays may be the images" in complaint(path, image="z")
 
 
@@ -117,7 +117,7 @@ def test_arrays_that_may_be_meant_are_listed(tmp_path: Path) -> None:
 )
 def test_numbers_are_pixels_where_their_meaning_is_plain(tmp_path: Path, pixels: Any, expected: Any) -> None:
     np.savez(tmp_path / "a.npz", x=pixels, y=LABELS)
-    assert torch.equal(load(tmp_path / "a.npz").images[:, 0], torch.from_numpy(expected.astype(np.uint8)))
+    assert torch.equal(load(tmp_path / "a.npz").inputs[:, 0], torch.from_numpy(expected.astype(np.uint8)))
 
 
 def test_channels_may_be_last_or_second(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_channels_may_be_last_or_second(tmp_path: Path) -> None:
     np.savez(tmp_path / "second.npz", x=colors.transpose(0, 3, 1, 2), y=LABELS)
     last, second = load(tmp_path / "last.npz"), load(tmp_path / "second.npz")
     assert last.fingerprint == second.fingerprint
-    assert last.images.shape == (12, 3, 5, 6)
-    assert load(tmp_path / "last.npz", image_size=9).images.shape == (12, 3, 9, 9)
+    assert last.inputs.shape == (12, 3, 5, 6)
+    assert load(tmp_path / "last.npz", image_size=9).inputs.shape == (12, 3, 9, 9)
 
 
 def test_idx_files_of_several_data_sets_are_told_apart(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_classes_that_a_split_lacks_keep_their_numbers(tmp_path: Path) -> None:
 def test_other_columns_are_at_hand(tmp_path: Path, kind: str) -> None:
     found = load(SOURCES[kind](tmp_path), limit=7)
     whole = {p.tobytes(): w for p, w in zip(PIXELS, WRITERS, strict=True)}
-    assert found.column("writer") == [whole[image.numpy().tobytes()] for image in found.images]
+    assert found.column("writer") == [whole[image.numpy().tobytes()] for image in found.inputs]
     assert set(found.column("split")) <= {"train", "test"}
     with pytest.raises(UserError, match=r"no column 'hand' of names or whole numbers among .*writer.*split"):
         found.column("hand")

@@ -211,4 +211,4 @@ def opened(engine: ReferenceEngine, id: int = 0) -> tuple[Client, Tensor]:
     client = engine.client(id)
     client.mixture.train()
     steps, size = client.training // client.batch_size, client.batch_size
-    return client, torch.arange(steps * size, device=client.images.device).view(steps, size)
+    return client, torch.arange(steps * size, device=client.inputs.device).view(steps, size)

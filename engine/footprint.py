@@ -1,0 +1,60 @@
+"""What a client's step takes of memory: the engine's own step, taken on tensors without memory."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.graphs import Track
+from fedmoe.engine.member import SGD, Samples
+from fedmoe.engine.pretend import Live, pretended
+from fedmoe.engine.program import Program
+from fedmoe.engine.samples import Loader
+from fedmoe.engine.seeds import globals_kept
+from fedmoe.engine.step import How, Step
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Footprint(NamedTuple):
+    """Bytes at their peak, besides the client's block, its low-precision copy and the data set."""
+
+    training: int
+    """Of a step: gradients, what the backward pass keeps and makes, what the optimizer needs meanwhile."""
+    evaluation: int
+    """Of a batch."""
+
+
+def footprint(
+    modules: M,
+    program: Callable[[M], Program],
+    samples: Samples,
+    optimizer: SGD,
+    how: How,
+    batch: int,
+    evaluation_batch: int,
+) -> Footprint:
+    """Of a client with these modules, whose program `program` makes, by the operators that run on a CPU.
+
+    `samples` are such as the client's; what is in them does not matter. Nothing is computed: it takes as long for large
+    models as for small ones.
+    """
+    with pretended(modules) as own, globals_kept():
+        inputs = torch.empty(max(batch, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
+        few = Samples(inputs, torch.zeros(len(inputs), dtype=torch.int64), samples.mean, samples.std)
+        made = program(own)
+        layout, device = Layout.of(made), torch.device("cpu")
+        arena = Arena(made, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
+        loader = Loader(few, device, resident=True)
+        with Live() as training:
+            step = Step(arena, loader, optimizer, how, Track(device, graphs=False))
+            step.begin()
+            for _ in step.epoch(torch.zeros(2, batch, dtype=torch.int64)):
+                pass
+        step.optimizer.clear()
+        with Live() as evaluation:
+            for _ in step.evaluate(torch.zeros(evaluation_batch, dtype=torch.int64), evaluation_batch):
+                pass
+    return Footprint(training.peak, evaluation.peak)
