@@ -22,7 +22,7 @@ from fedmoe.engine.seeds import derive, globals_kept, seed_globals
 from fedmoe.errors import UserError
 from fedmoe.gate import Gate, TokenGate
 from fedmoe.kernels import gated_head, gated_lm_head, gated_mix, oracle
-from fedmoe.models import language
+from fedmoe.models import hf, language
 from fedmoe.models.hf import Body
 from fedmoe.models.language import Language
 
@@ -87,7 +87,8 @@ class Mixture(nn.Module):
         return {"global": shared, "local": self.local_expert, "gate": gate}
 
     def _token_gate(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.gate(_embedded(self.local_expert, tokens).detach())
+        # A frozen local expert may be in low precision, which the gate is not.
+        out: Tensor = self.gate(_embedded(self.local_expert, tokens).detach().float())
         return out
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -102,8 +103,10 @@ class Mixture(nn.Module):
             operands = tuple(outputs[name].flatten(0, -2) for name in ("global", "local", "gate"))
             fused = _takes(self.head, gated_mix.gated_mix_supported, *operands)
             mixed = (gated_mix.gated_mix(*operands) if fused else oracle.gated_mix(*operands)).unflatten(0, rows)
+        if isinstance(self.local_expert, Body) and isinstance(self.header, nn.Linear):
+            mixed = mixed.to(self.header.weight.dtype)
         out: Tensor = self.header(mixed)
-        return out if self.softcap is None else self.softcap * torch.tanh(out / self.softcap)
+        return hf.capped(out, self.softcap)
 
     def join(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Branch outputs and targets [B] or [B, T] -> (mean cross-entropy [], correct predictions [])."""
@@ -126,7 +129,7 @@ class Mixture(nn.Module):
             if _takes(self.head, gated_lm_head.gated_lm_head_supported, *operands):
                 return gated_lm_head.gated_lm_head(*operands, softcap=self.softcap)
         logits = self.logits(rows)
-        return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).sum()
+        return F.cross_entropy(logits.float(), targets), (logits.argmax(1) == targets).sum()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, channels, height, width] -> logits [B, C], or tokens [B, T] -> [B, T, V], by the mixture."""

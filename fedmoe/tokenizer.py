@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +53,7 @@ class Tokenizer:
         """The text of tokens; what is no text, or no token, is left out."""
         if self.name == BYTES:
             return bytes(token for token in tokens if token < 256).decode("utf-8", "replace")
-        text: str = self._made.decode([token for token in tokens if token < self.size])
+        text: str = self._made.decode([token for token in tokens if token < self.size and token != self.end])
         return text
 
     def save(self, folder: Path) -> None:
@@ -84,16 +85,18 @@ def open_tokenizer(name: str) -> Tokenizer:
                 f"data.tokenizer: {shown(file)} cannot be read ({line(error)}): give `bytes`, a {FILE}, a folder with "
                 "one, or a name on the hub"
             ) from error
+    import huggingface_hub
+
     try:
-        found = _library().Tokenizer.from_pretrained(name)
-    except UserError:
-        raise
+        found = Path(huggingface_hub.hf_hub_download(name, FILE))
+        with suppress(Exception):  # many have none
+            huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
     except Exception as error:  # whatever the library and its network stack raise
         raise UserError(
             f"data.tokenizer: {name!r} is no file or folder here and cannot be had from the Hugging Face hub "
             f"({line(error)}): check the name and the network, or give `bytes` or a {FILE}"
         ) from error
-    return _opened(name, found.to_str(), None)
+    return _opened(name, found.read_text("utf-8"), _end(found.parent))
 
 
 def _opened(name: str, text: str, end: str | None) -> Tokenizer:

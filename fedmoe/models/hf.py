@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,7 +161,11 @@ def split(name: str, whole: "PreTrainedModel", model: Model) -> Language:
     if header.weight.device.type != "meta":
         _check(name, made)
     if model.activation_checkpointing:
-        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not whole.supports_gradient_checkpointing:
+            raise UserError(f"language model {name!r} has no activation checkpointing: leave it off, or choose another")
+        # Later versions call it otherwise.
+        enable = getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return made
 
 
@@ -219,15 +224,17 @@ def _tune(whole: "PreTrainedModel", header: nn.Linear, model: Model) -> None:
     whole.requires_grad_(False)
     if model.tune == "lora":
         peft = library("peft")
-        peft.inject_adapter_in_model(
-            peft.LoraConfig(
-                r=model.lora_rank,
-                lora_alpha=model.lora_alpha,
-                target_modules=list(model.lora_targets) or "all-linear",
-                task_type="CAUSAL_LM",
-            ),
-            whole,
-        )
+        with warnings.catch_warnings():  # of GPT-2's layers, whose weights are transposed, which it then heeds
+            warnings.simplefilter("ignore", UserWarning)
+            peft.inject_adapter_in_model(
+                peft.LoraConfig(
+                    r=model.lora_rank,
+                    lora_alpha=model.lora_alpha,
+                    target_modules=list(model.lora_targets) or "all-linear",
+                    task_type="CAUSAL_LM",
+                ),
+                whole,
+            )
     elif header.weight is not whole.get_input_embeddings().weight:
         header.requires_grad_(True)
     if model.frozen_dtype == "bf16":

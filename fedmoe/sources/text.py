@@ -67,9 +67,8 @@ def load(config: settings.Data) -> Text:
     short = ("", 0)
     for source, pieces in groupby(sorted(_pieces(config), key=lambda piece: piece[:2]), lambda piece: piece.source):
         tokens = _tokens([piece.text for piece in pieces], tokenizer)
-        if (count := (len(tokens) - 1) // length) > 0:
-            windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length][:count]
-            found.append((source, windows))
+        if len(tokens) > length:
+            found.append((source, _windows(tokens, length)))
         elif len(tokens) > short[1]:
             short = source, len(tokens)
     if not found:
@@ -93,6 +92,13 @@ def _tokens(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
         for tokens in tokenizer.encode(texts[start : start + BATCH]):
             made += [tokens, np.array([tokenizer.end], np.int32)]
     return np.concatenate(made)
+
+
+def _windows(tokens: np.ndarray, length: int) -> np.ndarray:  # [n] -> [(n - 1) // length, length + 1]
+    """Each begins with the last token of the one before, so that every token but the first is predicted once."""
+    if len(tokens) <= length:
+        return np.empty((0, length + 1), np.int32)
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
 
 
 def _pieces(config: settings.Data) -> Iterator[Piece]:
