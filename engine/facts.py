@@ -84,12 +84,20 @@ class Sizes:
     """Clients in a round, K."""
     batch: int
     """Samples in a training step."""
+    micro_batch: int = 0
+    """Samples in a backward pass at most; 0: all of a step."""
+    optimizer: Literal["sgd", "adamw", "8-bit adamw"] = "sgd"
     evaluation_batch: int
     """Samples in a forward pass of the evaluation."""
     samples: int
     """Bytes of the data set."""
     branches: int
     """Parts of a model that may run side by side."""
+
+    @property
+    def backward(self) -> int:
+        """Samples in a backward pass."""
+        return min(self.micro_batch or self.batch, self.batch)
 
 
 def facts(device: torch.device) -> Facts:

@@ -52,7 +52,8 @@ def in_round(architecture: Architecture, sizes: Sizes) -> int:
 
 def together(architecture: Architecture, sizes: Sizes) -> int:
     """Clients of an architecture that can train as one batched model at all."""
-    return 1 if architecture.trainable >= LARGE else min(architecture.clients, sizes.sampled)
+    alone = architecture.trainable >= LARGE or sizes.backward < sizes.batch
+    return 1 if alone else min(architecture.clients, sizes.sampled)
 
 
 def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: bool) -> Work:
@@ -62,7 +63,7 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
     is the size of an element of the low-precision copy, 0 for none.
 
     The activations' reserve is, for as many clients as train at once, the larger of twice what the backward pass keeps
-    of a training batch, since gradients of activations are about as large, and once that of an evaluation batch; on a
+    of a (micro-)batch, since gradients of activations are about as large, and once that of an evaluation batch; on a
     device, WORKSPACE on top.
     """
 
@@ -73,7 +74,7 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
         return members(a) * (a.state + 4 * a.trainable + low * (a.trainable + a.frozen))
 
     def batch(a: Architecture) -> int:
-        return members(a) * a.activations * max(2 * sizes.batch, sizes.evaluation_batch)
+        return members(a) * a.activations * max(2 * sizes.backward, sizes.evaluation_batch)
 
     every, others = sizes.architectures, small(sizes)
     held = [max(every, key=region)]

@@ -30,3 +30,12 @@ class Program:
     def run(self, x: Tensor) -> dict[str, Tensor]:
         """Every branch's output on `x`, one after the other."""
         return {name: branch(x) for name, branch in self.branches.items()}
+
+
+def batch_statistics(modules: nn.Module) -> str:
+    """The kind of a module that normalizes by statistics of the batch, which must not be split; empty if none does."""
+    for module in modules.modules():
+        known = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if known or "running_mean" in dict(module.named_buffers(recurse=False)):  # others' kinds
+            return type(module).__name__
+    return ""

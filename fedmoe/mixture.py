@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedmoe import experts
+from fedmoe import experts, optimizer
 from fedmoe.config import Config
 from fedmoe.engine.program import Branch, Outputs, Program
 from fedmoe.engine.seam import Payload, Schema, TensorSpec
@@ -218,8 +218,7 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, int, int], classe
     try:
         with globals_kept():
             model.train().join(model.program().run(x), y)[0].backward()
-            t = config.training
-            torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay).step()
+            optimizer.make(config.training, model.parameters()).step()
             model.eval()(x)
     except (Exception, SystemExit) as error:  # whatever a user's model raises
         fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""

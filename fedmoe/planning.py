@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmoe import meaning, mixture, partition
+from fedmoe import engines, meaning, mixture, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
@@ -22,9 +21,9 @@ from fedmoe.engine.choices import amount
 from fedmoe.engine.device import prepare
 from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
 from fedmoe.engine.plan import CHOICES, Plan, plan
+from fedmoe.engine.program import batch_statistics
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
-from fedmoe.gate import SwitchNorm
 from fedmoe.mixture import Mixture
 from fedmoe.partition import Split
 
@@ -94,6 +93,11 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
         owners = range(first, n, len(config.model.local))
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
+        if 0 < config.training.micro_batch < batch and (norm := batch_statistics(model)):
+            raise UserError(
+                f"training.micro_batch is {config.training.micro_batch}, but with model {name!r} {norm} takes "
+                f"statistics of whole batches, of {batch}: set it to 0, or choose other norms"
+            )
         mixture.rehearse(config, model, shape(dataset), classes, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())
     if config.model.adapter != "none" and config.method != "local" and unused:
@@ -103,7 +107,7 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
 
 def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture]) -> Sizes:
     """What the engine's plan has to know of the federation, from the data set, the split and what `models` gives."""
-    n, names = config.federation.clients, config.model.local
+    n, names, t = config.federation.clients, config.model.local, config.training
     owned = [names[client % len(names)] for client in range(n)]
     largest = max(len(split.train(client)) for client in range(n))
     held_out = max(len(split.test(client)) for client in range(n))
@@ -114,7 +118,9 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
         ),
         clients=n,
         sampled=per_round(config),
-        batch=min(config.training.batch_size, largest),
+        batch=min(t.batch_size, largest),
+        micro_batch=t.micro_batch,
+        optimizer={"sgd": "sgd", "adamw": "adamw" if t.optimizer_states == "fp32" else "8-bit adamw"}[t.optimizer],
         evaluation_batch=min(config.evaluation.batch_size, held_out),
         samples=dataset.images.nbytes + dataset.labels.nbytes,
         branches=max(len(model.branches()) for model in models.values()),
@@ -127,16 +133,15 @@ def _architecture(
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     buffers = sum(b.nbytes for b in model.buffers())
-    momentum = sum(p.nbytes for p in trainable) if config.training.momentum else 0
     return Architecture(
         name=name,
         clients=clients,
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in frozen),
         buffers=buffers,
-        state=sum(p.nbytes for p in model.parameters()) + buffers + momentum,
+        state=engines.layout(config, name, model).size,
         activations=_kept(model, shape, classes),
-        batch_statistics=any(isinstance(module, _BatchNorm | SwitchNorm) for module in model.modules()),
+        batch_statistics=bool(batch_statistics(model)),
     )
 
 
