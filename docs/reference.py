@@ -14,6 +14,7 @@ NAMES: dict[Any, str] = {
     float: "number",
     int: "integer",
     str: "string",
+    tuple[float, float]: "list of two numbers",
     tuple[str, ...]: "list of strings",
 }
 

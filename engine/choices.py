@@ -70,6 +70,14 @@ class Choices:
             if wanted in ("auto", "flat"):
                 return self._take("optimizer", "flat", reason)
             return self._refuse("optimizer", wanted, reason, "flat")
+        if self.sizes.optimizer == "8-bit adamw":
+            reason = "training.optimizer_states = 8bit is a way of the flat optimizer's"
+            if wanted in ("auto", "flat"):
+                return self._take("optimizer", "flat", reason)
+            return self._refuse("optimizer", wanted, reason, "flat")
+        if wanted == "apex" and self.sizes.optimizer == "adamw":
+            why = "its AdamW counts steps where they cannot be kept with a client"
+            return self._refuse("optimizer", wanted, why, "torch" if missing else "flat")
         if wanted == "apex":
             if self.facts.no_apex:
                 raise ValueError(
@@ -160,6 +168,8 @@ class Choices:
             cohort_limit = f"a round has at most {most} clients of an architecture"
         if not self.gpu:
             most_lanes, lanes_limit = 1, "a CPU has no streams"
+        if sizes.backward < sizes.batch:  # `together` has 1
+            cohort, cohort_limit = 1, f"batches are taken {sizes.micro_batch} samples at a time: training.micro_batch"
         asked = min(w.lanes or lanes, most_lanes), min(w.cohort or cohort, most)
         # What is chosen here leaves half of the room to states; what is asked for may take it all.
         bound = room if w.lanes or w.cohort else room // 2
@@ -167,6 +177,7 @@ class Choices:
         below = f"below {LARGE / 1e6:.0f} M trainable parameters"
         lanes_reason = f"{kinds} architectures {below} in a round, at most {MOST_LANES}" if few else lanes_limit
         cohort_reason = f"{cohort} clients of an architecture {below} in a round" if few else cohort_limit
+        cohort_reason = cohort_limit if sizes.backward < sizes.batch else cohort_reason
         if not self.gpu:
             lanes_reason, cohort_reason = lanes_limit, "the default on a CPU"
         fit = f"more do not fit in {amount(bound)} of memory"
@@ -189,7 +200,7 @@ class Choices:
         names = [a.name for a in sizes.architectures if a.batch_statistics]
         fix = "lower training.batch_size" + (f"; {names[0]} has batch norms, so it cannot be split" if names else "")
         self.warnings.append(
-            f"a step of {sizes.batch} samples takes about {amount(made.total)}, there are {amount(room)}: {fix}"
+            f"a step of {sizes.backward} samples takes about {amount(made.total)}, there are {amount(room)}: {fix}"
         )
         return replace(made, activations=room - made.fixed)
 

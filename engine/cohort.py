@@ -7,7 +7,6 @@ through the arithmetic, which is the same for every step, and nothing of what th
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +16,13 @@ from torch.func import functional_call, vmap
 from fedmoe.engine.arena import Layout
 from fedmoe.engine.graphs import Replayed, Track
 from fedmoe.engine.lowered import Lowered
-from fedmoe.engine.member import SGD
-from fedmoe.engine.optimizers import Scale
+from fedmoe.engine.member import SGD, AdamW
+from fedmoe.engine.optimizers import Scale, Segment, Update
 from fedmoe.engine.program import Program
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.engine.step import How, branches
-from fedmoe.kernels import flat_optimizer, flat_optimizer_oracle
-from fedmoe.kernels.flat_optimizer import Control
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A range of a block's weights whose gradients have one dtype, of all rows."""
-
-    start: int  # elements
-    weights: Tensor  # [K, n] fp32, rows apart
-    momentum: Tensor  # [K, n] fp32, likewise
-    gradients: Tensor  # [K, n]
-    low: Tensor | None  # [K, n]
 
 
 class Cohort:
@@ -55,13 +41,14 @@ class Cohort:
         blocks: Tensor,
         scratch: Tensor,
         loader: Loader,
-        sgd: SGD,
+        rule: SGD | AdamW,
         how: How,
         track: Track,
     ) -> None:
         self.layout, self.rows, self.blocks = layout, len(blocks), blocks
-        self._loader, self._sgd, self._how, self._device = loader, sgd, how, blocks.device
+        self._loader, self._how, self._device = loader, how, blocks.device
         self._body = _Body(program)
+        self._weights = layout.flat("model", blocks)  # [K, weights], rows apart
         self._segments = list(self._carved(scratch))
         self._parameters: dict[str, Tensor] = {}  # trainable, [K, ...], leaves of autograd
         self._gradients: dict[str, Tensor] = {}
@@ -75,10 +62,6 @@ class Cohort:
                 self._others[name] = layout.entries[f"model/{name}"].of(blocks)
         for name, _ in modules.named_buffers():
             self._buffers[name] = layout.entries[f"model/{name}"].of(blocks)
-        first = self._segments[0]
-        able = flat_optimizer.flat_optimizer_supported(first.weights, first.gradients, first.low)[0]
-        self._do: Any = flat_optimizer if able else flat_optimizer_oracle
-        self._lr = torch.tensor(sgd.lr, device=self._device)
         self.loss = torch.zeros(self.rows, device=self._device)
         """[K], each client's sum over its own steps since `begin`."""
         self.correct = torch.zeros(self.rows, dtype=torch.int64, device=self._device)
@@ -86,8 +69,8 @@ class Cohort:
         self._done = torch.zeros(1, dtype=torch.int64, device=self._device)  # steps
         changing = [blocks, self.loss, self.correct, self._done]
         self.scale = Scale(self._device, (self.rows,)) if how.precision == "fp16" else None
+        self._optimizer = Update(layout, blocks, self._segments, rule, self.scale)
         if self.scale is not None:
-            self._control = Control.empty([segment.gradients for segment in self._segments])
             changing += [self.scale.scale, self.scale.steps, self.scale.skipped]
         self._replayed = Replayed(lambda indices: self._take(indices), loader, track, changing, self._restart)
 
@@ -121,7 +104,7 @@ class Cohort:
         for segment in self._segments:
             segment.gradients.zero_()
             if segment.low is not None:
-                segment.low.copy_(segment.weights)
+                segment.low.copy_(self._of(segment))
 
     def _take(self, indices: Tensor) -> None:  # int64 [K, B] or [K, B, 4], where the samples are
         live = self._steps > self._done
@@ -152,21 +135,14 @@ class Cohort:
         return functional_call(self._body, tensors, (x, y))
 
     def _update(self, live: Tensor) -> None:
-        sgd, scale, control = self._sgd, self.scale, None
-        if scale is not None:
-            control, gradients = self._control, [segment.gradients for segment in self._segments]
-            self._do.flat_norm(gradients, scale=scale.scale, live=live, out=control)
-        for s in self._segments:
-            self._do.sgd_step(
-                s.weights, s.gradients, s.momentum if sgd.momentum else None, lr=self._lr, momentum=sgd.momentum,
-                weight_decay=sgd.weight_decay, low=s.low, live=live, control=control, zero=False,
-            )  # fmt: skip
-        if scale is not None:
-            scale.update(self._control.found_inf)
+        self._optimizer.take(self._segments, live, zero=False)
 
-    def _carved(self, scratch: Tensor) -> Iterator[_Segment]:
+    def _of(self, segment: Segment) -> Tensor:
+        """[K, n] The weights of the segment."""
+        return self._weights[:, segment.start : segment.start + segment.gradients.shape[1]]
+
+    def _carved(self, scratch: Tensor) -> Iterator[Segment]:
         layout, low, end = self.layout, self._how.low, 0
-        flat = self.blocks.view(torch.float32)  # [K, size / 4]
 
         def carve(columns: int, dtype: torch.dtype) -> Tensor:
             nonlocal end
@@ -177,8 +153,7 @@ class Cohort:
         for start, stop, kind in bounds if low is not None else [(0, layout.weights, None)]:
             if n := stop - start:
                 copies = (carve(n, kind), carve(n, kind)) if kind is not None else (carve(n, torch.float32), None)
-                weights, momentum = (flat[:, at + start : at + stop] for at in (0, layout.weights))
-                yield _Segment(start, weights, momentum, *copies)
+                yield Segment(start, *copies)
         assert end == self.scratch(layout, self.rows)
 
     def _own(self, name: str) -> tuple[Tensor, Tensor]:
@@ -186,7 +161,7 @@ class Cohort:
         entry = self.layout.entries[f"model/{name}"]
         start, n = entry.offset // 4, entry.bytes // 4
         segment = next(s for s in reversed(self._segments) if s.start <= start)
-        used = segment.weights if segment.low is None else segment.low
+        used = self._of(segment) if segment.low is None else segment.low
         columns = slice(start - segment.start, start - segment.start + n)
         leaf, gradient = (t[:, columns].view(self.rows, *entry.shape) for t in (used, segment.gradients))
         return leaf.detach().requires_grad_(), gradient
@@ -205,14 +180,13 @@ class _Body(nn.Module):
             return self._program.join(outputs, y)
 
 
-def cohort_supported(program: Program, layout: Layout, loader: Loader, how: How) -> tuple[bool, str]:
+def cohort_supported(program: Program, layout: Layout, loader: Loader, rule: SGD | AdamW, how: How) -> tuple[bool, str]:
     """Whether clients with this program can train together, and if not, why. Tried out, on two blank clients."""
     blocks = torch.zeros(2, layout.size, dtype=torch.uint8, device=loader.device)
     scratch = torch.empty(Cohort.scratch(layout, 2), dtype=torch.uint8, device=loader.device)
-    sgd = SGD(lr=0.0, momentum=0.0, weight_decay=0.0, reset_theta=False)
     try:
         with globals_kept():
-            cohort = Cohort(program, layout, blocks, scratch, loader, sgd, how, Track(loader.device))
+            cohort = Cohort(program, layout, blocks, scratch, loader, rule, how, Track(loader.device))
             cohort.begin([1, 1])
             for _ in cohort.steps([torch.zeros(1, 2, dtype=torch.int64)] * 2):
                 pass

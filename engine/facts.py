@@ -67,7 +67,7 @@ class Architecture:
     state: int
     """Bytes that persist: parameters, buffers, optimizer state."""
     activations: int = 0
-    """Bytes that the backward pass keeps for one sample."""
+    """Bytes that a step, or a batch of an evaluation if that is more, takes besides state and gradients."""
     batch_statistics: bool = False
     """Whether any module normalizes over the batch, so that no batch can be split."""
 
@@ -84,12 +84,20 @@ class Sizes:
     """Clients in a round, K."""
     batch: int
     """Samples in a training step."""
+    micro_batch: int = 0
+    """Samples in a backward pass at most; 0: all of a step."""
+    optimizer: Literal["sgd", "adamw", "8-bit adamw"] = "sgd"
     evaluation_batch: int
     """Samples in a forward pass of the evaluation."""
     samples: int
     """Bytes of the data set."""
     branches: int
     """Parts of a model that may run side by side."""
+
+    @property
+    def backward(self) -> int:
+        """Samples in a backward pass."""
+        return min(self.micro_batch or self.batch, self.batch)
 
 
 def facts(device: torch.device) -> Facts:

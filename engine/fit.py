@@ -52,7 +52,8 @@ def in_round(architecture: Architecture, sizes: Sizes) -> int:
 
 def together(architecture: Architecture, sizes: Sizes) -> int:
     """Clients of an architecture that can train as one batched model at all."""
-    return 1 if architecture.trainable >= LARGE else min(architecture.clients, sizes.sampled)
+    alone = architecture.trainable >= LARGE or sizes.backward < sizes.batch
+    return 1 if alone else min(architecture.clients, sizes.sampled)
 
 
 def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: bool) -> Work:
@@ -61,19 +62,17 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
     A region holds the largest client or cohort that a lane may get; large clients train in the first lane alone. `low`
     is the size of an element of the low-precision copy, 0 for none.
 
-    The activations' reserve is, for as many clients as train at once, the larger of twice what the backward pass keeps
-    of a training batch, since gradients of activations are about as large, and once that of an evaluation batch; on a
-    device, WORKSPACE on top.
+    The activations' reserve is that of as many clients as train at once; on a device, WORKSPACE on top.
     """
 
     def members(a: Architecture) -> int:
         return min(cohort, together(a, sizes))
 
     def region(a: Architecture) -> int:
-        return members(a) * (a.state + 4 * a.trainable + low * (a.trainable + a.frozen))
+        return members(a) * (a.state + 4 * a.trainable + low * a.trainable)
 
     def batch(a: Architecture) -> int:
-        return members(a) * a.activations * max(2 * sizes.batch, sizes.evaluation_batch)
+        return members(a) * a.activations
 
     every, others = sizes.architectures, small(sizes)
     held = [max(every, key=region)]
@@ -86,7 +85,7 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
         regions,
         states=regions * sum(members(a) * a.state for a in held),
         gradients=regions * sum(members(a) * 4 * a.trainable for a in held),
-        low_precision=regions * sum(members(a) * low * (a.trainable + a.frozen) for a in held),
+        low_precision=regions * sum(members(a) * low * a.trainable for a in held),
         activations=running + WORKSPACE * device,
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedmoe.engine.arena import Arena, Layout
 from fedmoe.engine.graphs import Track
-from fedmoe.engine.member import SGD, Samples
+from fedmoe.engine.member import SGD, AdamW, Samples
 from fedmoe.engine.pretend import Live, pretended
 from fedmoe.engine.program import Program
 from fedmoe.engine.samples import Loader
@@ -31,10 +31,11 @@ def footprint(
     modules: M,
     program: Callable[[M], Program],
     samples: Samples,
-    optimizer: SGD,
+    rule: SGD | AdamW,
     how: How,
     batch: int,
     evaluation_batch: int,
+    micro_batch: int = 0,
 ) -> Footprint:
     """Of a client with these modules, whose program `program` makes, by the operators that run on a CPU.
 
@@ -45,11 +46,11 @@ def footprint(
         inputs = torch.empty(max(batch, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
         few = Samples(inputs, torch.zeros(len(inputs), dtype=torch.int64), samples.mean, samples.std)
         made = program(own)
-        layout, device = Layout.of(made), torch.device("cpu")
+        layout, device = Layout.of(made, rule), torch.device("cpu")
         arena = Arena(made, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
         loader = Loader(few, device, resident=True)
         with Live() as training:
-            step = Step(arena, loader, optimizer, how, Track(device, graphs=False))
+            step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
             step.begin()
             for _ in step.epoch(torch.zeros(2, batch, dtype=torch.int64)):
                 pass

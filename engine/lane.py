@@ -235,7 +235,8 @@ class Lane:
         if member.architecture not in room.steps:
             try:
                 arena = Arena(site.federation.program(member.id), layout, room.region, site.how.low)
-                step = Step(arena, site.loader, site.federation.optimizer, site.how, self._track)
+                rule, micro = site.federation.optimizer, site.federation.micro_batch
+                step = Step(arena, site.loader, rule, site.how, self._track, micro)
             except torch.OutOfMemoryError:
                 raise Refused(
                     f"client {member.id}, {member.architecture}: out of device memory for its gradients: give the "
@@ -286,10 +287,7 @@ class Lane:
             return
         federation.unpack(payload, [layout.entries[name].of(block) for name in layout.theta])
         if federation.optimizer.reset_theta:
-            momenta = (name.replace("model/", "momentum/", 1) for name in layout.theta)
-            shared = [layout.entries[name].of(block) for name in momenta if name in layout.entries]
-            if shared:
-                torch._foreach_zero_(shared)
+            layout.reset_theta(block)
 
     def _packed(self, member: Member, layout: Layout, block: Tensor) -> Payload:
         """What the client whose block this is shares, on the device."""
@@ -322,5 +320,5 @@ def _finite(member: Member, layout: Layout, block: Tensor) -> Tensor:
     names, weights = set(member.finite), {f"model/{name}" for name in layout.trainable}
     whole = weights <= names  # then they are looked at as one
     tensors = [layout.entries[name].of(block) for name in member.finite if not (whole and name in weights)]
-    tensors += [layout.flat(block)[0]] if whole else []
+    tensors += [layout.flat("model", block)] if whole else []
     return torch.stack([tensor.isfinite().all() for tensor in tensors]).all().double()

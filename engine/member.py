@@ -36,14 +36,32 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SGD:
-    """How clients are trained (torch.optim.SGD)."""
+class Rule:
+    """How gradients change the weights, as far as all optimizers have it in common."""
 
     lr: float
-    momentum: float
     weight_decay: float
     reset_theta: bool
-    """Whether theta's momentum starts from zero when a new theta arrives."""
+    """Whether theta's part of the optimizer's state begins anew when a new theta arrives."""
+    clip_norm: float = 0.0
+    """What a step's gradient is scaled down to, if its norm is larger; 0: nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SGD(Rule):
+    """As torch.optim.SGD does."""
+
+    momentum: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW(Rule):
+    """As torch.optim.AdamW does."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    bits: Literal[8, 32] = 32
+    """Of an element of each moment; with 8, blocks of elements share a maximum (`flat_optimizer_oracle.decoded`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +85,9 @@ class Federation(Protocol):
     """Opens members and lets results out."""
 
     samples: Samples
-    optimizer: SGD
+    optimizer: SGD | AdamW
+    micro_batch: int
+    """Samples in a backward pass at most, those of a step adding up; 0: the whole batch."""
     seed: int
     evaluation_batch: int
 

@@ -51,3 +51,12 @@ class Program:
         if targets.ndim == 1:
             return losses[0], hits[0]
         return torch.cat(losses).view(targets.shape).sum(1), torch.cat(hits).view(targets.shape).sum(1)
+
+
+def batch_statistics(modules: nn.Module) -> str:
+    """The kind of a module that normalizes by statistics of the batch, which must not be split; empty if none does."""
+    for module in modules.modules():
+        known = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if known or "running_mean" in dict(module.named_buffers(recurse=False)):  # others' kinds
+            return type(module).__name__
+    return ""

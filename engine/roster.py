@@ -22,7 +22,7 @@ class Roster:
     def __getitem__(self, client: int) -> tuple[Member, Layout]:
         if client not in self._members:
             member, program, state = self._federation.open(client)
-            layout = Layout.of(program)
+            layout = Layout.of(program, self._federation.optimizer)
             known = self._layouts.setdefault(member.architecture, layout)
             if known != layout:
                 raise ValueError(f"client {client} is of architecture {member.architecture!r}, but its tensors differ")

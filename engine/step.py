@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fedmoe.engine.arena import Arena
 from fedmoe.engine.graphs import Replayed, Track
-from fedmoe.engine.member import SGD
+from fedmoe.engine.member import SGD, AdamW
 from fedmoe.engine.optimizers import Scale, optimizer
-from fedmoe.engine.program import Program
+from fedmoe.engine.program import Program, batch_statistics
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seam import Payload, Refused
@@ -69,14 +69,17 @@ class Taken(NamedTuple):
 class Step:
     """Trains and evaluates whoever is in the arena, on batches that an order names."""
 
-    def __init__(self, arena: Arena, loader: Loader, sgd: SGD, how: How, track: Track) -> None:
+    def __init__(
+        self, arena: Arena, loader: Loader, rule: SGD | AdamW, how: How, track: Track, micro_batch: int = 0
+    ) -> None:
         self.arena, self._loader, self._how = arena, loader, how
         self._streams = track.sides(len(arena.program.branches) - 1) if how.streams else []
         self.device = arena.block.device
         self.scale = Scale(self.device) if how.precision == "fp16" else None
-        self.optimizer = optimizer(how.optimizer, arena, sgd, self.scale)
+        self.optimizer = optimizer(how.optimizer, arena, rule, self.scale)
+        self._micro_batch = micro_batch
         self.parts = 1
-        """How many parts a batch is taken in, one after the other, for want of memory."""
+        """How many parts a batch is taken in at least, one after the other, for want of memory."""
         self._channels_last = how.channels_last and self._takes_channels_last()
         self.loss = torch.zeros((), device=self.device)
         """Since `begin` the sum over training steps, or of an evaluation the sum over its samples."""
@@ -157,18 +160,19 @@ class Step:
 
     def _take(self, indices: Tensor) -> None:
         self.optimizer.begin()
-        for part in indices.chunk(self.parts):
+        parts = indices.chunk(self._split(len(indices)))
+        for part in parts:
             with phase("batch"):
                 x, y = self._loader.batch(part, self._channels_last)
             with autocast(self.device, self._how.low):
                 outputs = branches(self.arena.program, x, self._streams)
                 with phase("header"):
                     loss, hits = self.arena.program.join(outputs, y)
-            if self.parts > 1:
+            if len(parts) > 1:
                 loss = loss * (len(part) / len(indices))
             with phase("backward"):
                 (loss if self.scale is None else loss * self.scale.scale).backward()
-            if self.parts > 1:
+            if len(parts) > 1:
                 self.optimizer.add()
             self.loss += loss.detach()
             self.correct += hits
@@ -185,24 +189,31 @@ class Step:
         self.loss += losses.masked_fill(~counts, 0).sum()
         self.correct += (hits * counts).sum()
 
+    def _split(self, batch: int) -> int:
+        """How many parts a batch of so many samples is taken in."""
+        return max(self.parts, parts_of(batch, self._micro_batch))
+
     def halve(self, batch: int, who: str) -> None:
         """Take batches in twice as many parts from now on, because device memory did not suffice for `who`.
 
         Raises Refused where that is not possible: a sample is the least, and batch statistics are of whole batches.
         """
-        modules = self.arena.program.modules
-        whole = any(isinstance(module, torch.nn.modules.batchnorm._NormBase) for module in modules.modules())
-        whole |= any(name.endswith("running_mean") for name, _ in modules.named_buffers())  # others' kinds
-        if whole or 2 * self.parts > batch:
-            why = "its normalization needs whole batches" if whole else f"it takes them in {self.parts} parts already"
+        whole, parts = batch_statistics(self.arena.program.modules), self._split(batch)
+        if whole or 2 * parts > batch:
+            why = "its normalization needs whole batches" if whole else f"it takes them in {parts} parts already"
             raise Refused(
                 f"{who}: out of device memory with batches of {batch}, and {why}: lower training.batch_size, or give "
                 "the states of clients less device memory (engine.device_memory_mb)"
             )
-        self.parts *= 2
+        self.parts = 2 * parts
         self._training.drop()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def parts_of(batch: int, micro_batch: int) -> int:
+    """How many parts a batch is taken in, so that none has more samples than `micro_batch`; 0: one."""
+    return -(-batch // micro_batch) if micro_batch else 1
 
 
 def branches(program: Program, x: Tensor, streams: list[torch.cuda.Stream]) -> dict[str, Tensor]:

@@ -35,9 +35,9 @@ class Unit:
 class Units:
     """Shares jobs out: up to `cohort` clients of one architecture and batch size to a unit, units to `lanes` lanes.
 
-    Clients that nobody goes with, large ones, and those whose modules cannot be batched (with a warning) are units of
-    their own. An architecture has lanes of its own as far as there are enough, since a lane captures graphs for each
-    that it gets; large clients all go to the first.
+    Clients that nobody goes with, large ones, those that take batches in parts, and those whose modules cannot be
+    batched (with a warning) are units of their own. An architecture has lanes of its own as far as there are enough,
+    since a lane captures graphs for each that it gets; large clients all go to the first.
     """
 
     def __init__(self, federation: Federation, roster: Roster, loader: Loader, how: How, cohort: int, lanes: int):
@@ -90,9 +90,9 @@ class Units:
         member, layout = self._roster[client]
         if member.architecture not in self._programs:
             program = self._federation.batchable(client)
-            assert Layout.of(program) == layout
+            assert Layout.of(program, self._federation.optimizer) == layout
             try:
-                able, why = cohort_supported(program, layout, self._loader, self._how)
+                able, why = cohort_supported(program, layout, self._loader, self._federation.optimizer, self._how)
             except torch.OutOfMemoryError:
                 raise Refused(
                     f"out of device memory for two clients of architecture {member.architecture!r} together: set "
@@ -114,7 +114,8 @@ class Units:
         keys: list[Hashable] = []
         for place, job in enumerate(jobs):
             member, _ = self._roster[job.client]
-            keys.append(place if self._large(job.client) else (member.architecture, member.batch_size))
+            apart = self._large(job.client) or 0 < self._federation.micro_batch < member.batch_size
+            keys.append(place if apart else (member.architecture, member.batch_size))
         together, alone = [], []
         for group in grouped(keys, [job.client for job in jobs], self.cohort):
             if len(group) > 1 and self.program(jobs[group[0]].client) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedmoe import checkpoint, data, mixture, partition
+from fedmoe import checkpoint, data, mixture, optimizer, partition
 from fedmoe import config as settings
 from fedmoe.config import Config
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
@@ -40,11 +40,9 @@ class Client:
         shared = self.program.segments["theta"]
         self.global_expert: nn.Module | None = getattr(self.mixture, shared[0]) if shared else None
         self.schema = mixture.schema(self.global_expert)
-        t = config.training
-        self.optimizer = torch.optim.SGD(
-            self.mixture.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
-        )
-        self.batch_size = min(t.batch_size, training)
+        self.optimizer = optimizer.make(config.training, self.mixture.parameters())
+        self._coded: State = {}  # the optimizer's state, where it is such that the engine alone goes on from it
+        self.batch_size = min(config.training.batch_size, training)
         # A buffer may hold infinities from the start, as a mask does.
         self.finite_names = [
             n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())
@@ -65,16 +63,14 @@ class Client:
         return data.normalize(images, d.mean, d.std), self.labels[indices]
 
     def receive(self, payload: Payload) -> None:
-        """Take in a new global expert; its momentum is kept or reset as `training.theta_momentum` says."""
+        """Take in a new global expert; `training.theta_momentum` says whether its optimizer state goes on."""
         if broken := violations(payload, self.schema):
             raise ValueError(f"client {self.id} cannot take this in: {'; '.join(broken)}")
         if self.global_expert is None:
             return
         mixture.unpack(payload, mixture.theta_tensors(self.global_expert))
         if self.config.training.theta_momentum == "reset":
-            for parameter in self.global_expert.parameters():
-                if (momentum := self.optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None:
-                    momentum.zero_()
+            optimizer.forget(self.optimizer, self.global_expert.parameters())
 
     @contextmanager
     def lent(self, payload: Payload) -> Iterator[None]:
@@ -99,41 +95,43 @@ class Client:
         return {name: tensor.cpu() for name, tensor in packed.items()}
 
     def state(self) -> State:
-        """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), momentum (`momentum/...`)."""
+        """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), and what `optimizer` says."""
         kept = {f"model/{name}": tensor for name, tensor in self.tensors().items()}
-        for name, parameter in self.mixture.named_parameters():
-            if parameter in self.optimizer.state:
-                kept[f"momentum/{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        kept |= optimizer.state(self.optimizer, *self._trained()) | self._coded
         return {
-            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, t in kept.items()
-            if t is not None
+            name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in kept.items()
         }
 
     def load_state(self, state: State) -> None:
         """Become what `state` says. Raises ValueError naming a tensor that does not fit this client."""
-        tensors, parameters = self.tensors(), dict(self.mixture.named_parameters())
-        known = {f"model/{n}": t for n, t in tensors.items()} | {f"momentum/{n}": p for n, p in parameters.items()}
+        tensors, (parameters, theta) = self.tensors(), self._trained()
+        known = {f"model/{n}": t for n, t in tensors.items()}
+        known |= optimizer.expected(self.config.training, parameters, bool(theta))
+        if coded := optimizer.coded(self.config.training):
+            known |= {name: state[name] for name in ("first_absmax", "second_absmax") if name in state}
         for name in sorted(state.keys() | {f"model/{n}" for n in tensors}):
             if name not in state or name not in known:
                 raise ValueError(f"tensor {name!r} {'is missing' if name in known else 'is unknown'}")
             theirs, ours = ((t.dtype, list(t.shape)) for t in (state[name], known[name]))
             if theirs != ours:
                 raise ValueError(f"tensor {name!r} is {theirs[0]} {theirs[1]}, the client's is {ours[0]} {ours[1]}")
-        self.optimizer.state.clear()
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("model/")}
+        self._coded = kept if coded else {}
         with torch.no_grad():
-            for name, tensor in state.items():
-                kind, _, rest = name.partition("/")
-                if kind == "model":
-                    tensors[rest].copy_(tensor)
-                else:
-                    parameter = parameters[rest]
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensor)
+            optimizer.load(self.optimizer, parameters, theta, {} if coded else kept)
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"model/{name}"])
 
     def finite(self) -> bool:
         """Whether everything that was finite at the start is so still."""
         tensors = self.tensors()
         return all(bool(torch.isfinite(tensors[name]).all()) for name in self.finite_names)
+
+    def _trained(self) -> tuple[dict[str, nn.Parameter], set[str]]:
+        """The parameters by name, and the names of those that are shared."""
+        shared = tuple(f"{child}." for child in self.program.segments["theta"])
+        parameters = dict(self.mixture.named_parameters())
+        return parameters, {name for name in parameters if shared and name.startswith(shared)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mixture by name, not copied."""

@@ -165,21 +165,33 @@ class Gate:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Training:
-    """Local training: SGD, all four modules together."""
+    """Local training: one optimizer over all four modules together."""
 
     batch_size: int = 64
     """Samples per step; a client with fewer uses all it has."""
+    micro_batch: int = 0
+    """Samples per backward pass; the gradients of a step's passes add up. 0 takes the batch as a whole."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd`: with momentum; `adamw`: Adam with decoupled weight decay."""
     lr: float = 0.01
     """Learning rate."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum (sgd)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """How much of the running means of the gradient and of its square each step keeps (adamw)."""
+    eps: float = 1e-8
+    """Added to the root of the mean square, which divides (adamw)."""
+    optimizer_states: Literal["fp32", "8bit"] = "fp32"
+    """How the two running means are kept between steps: 8 bytes a parameter, or 2.03 (adamw)."""
     weight_decay: float = 1e-3
-    """L2 penalty added to the gradient."""
+    """L2 penalty added to the gradient (sgd); share of a weight, times the learning rate, that a step takes (adamw)."""
+    clip_norm: float = 0.0
+    """Scale the gradient of a step down to this norm, over all modules, where it is larger; 0 leaves it."""
     augment: Literal["none", "flip", "crop", "crop-flip"] = "none"
     """Change every training image anew in every epoch: `flip` mirrors half of them from left to right, `crop` shifts
     them by up to 4 pixels and fills with black."""
     theta_momentum: Literal["keep", "reset"] = "reset"
-    """What becomes of the global expert's momentum when a new global expert arrives."""
+    """What becomes of the global expert's momentum, or running means and count of steps, when a new one arrives."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -116,10 +116,9 @@ def parse(name: str, word: str) -> Any:
         kind = typing.get_type_hints(kind)[part]
     value: Any = word
     if typing.get_origin(kind) is tuple:
-        value = word.split("+")
+        value = [_number(typing.get_args(kind)[0], item) for item in word.split("+")]
     elif kind in (int, float):
-        with contextlib.suppress(ValueError):
-            value = kind(word)
+        value = _number(kind, word)
     elif kind is bool:
         value = {"true": True, "false": False}.get(word, word)
     return _value(name, kind, value)
@@ -129,7 +128,15 @@ def shown(value: Any) -> str:
     """A value as `parse` takes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "+".join(value) if isinstance(value, tuple) else str(value)
+    return "+".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+
+
+def _number(kind: Any, word: str) -> Any:
+    """The word as a number of this kind; as it is if it is none, or no number is wanted."""
+    try:
+        return kind(word)
+    except ValueError:
+        return word
 
 
 def _options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -187,6 +194,10 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         if value in typing.get_args(kind):
             return value
         raise UserError(f"{name} is {value!r}, must be one of {', '.join(typing.get_args(kind))}")
+    if kind == tuple[float, float]:
+        if isinstance(value, list) and [type(item) in (int, float) for item in value] == [True, True]:
+            return tuple(map(float, value))
+        raise UserError(f"{name} is {value!r}, must be a list of two numbers")
     if typing.get_origin(kind) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)

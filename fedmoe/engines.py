@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fedmoe import optimizer
 from fedmoe.config import Config
 from fedmoe.engine.arena import Layout
 from fedmoe.engine.device_engine import DeviceEngine
@@ -92,7 +93,12 @@ def write(run: Path, plan: Plan | None) -> None:
 def check(config: Config, models: Mapping[str, Mixture]) -> None:
     """Raise UserError for a model that the engine cannot hold, though the plain loop can train it."""
     for name, model in models.items() if config.engine.kind == "fast" else ():
-        try:
-            Layout.of(model.program())
-        except ValueError as error:
-            raise UserError(f'model {name!r}: {error}; change it, or set engine.kind to "reference"') from error
+        layout(config, name, model)
+
+
+def layout(config: Config, name: str, model: Mixture) -> Layout:
+    """How the engine holds a client of this model. UserError if it cannot."""
+    try:
+        return Layout.of(model.program(), optimizer.rule(config.training))
+    except ValueError as error:
+        raise UserError(f'model {name!r}: {error}; change it, or set engine.kind to "reference"') from error

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmoe import mixture
+from fedmoe import mixture, optimizer
 from fedmoe.client import Client, load_data, measured, open_client, outgoing
 from fedmoe.config import AUGMENTATIONS, Config
-from fedmoe.engine.member import SGD, Member, Samples
+from fedmoe.engine.member import Member, Samples
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import Metrics, Payload, Result, State
 from fedmoe.partition import Split
@@ -28,9 +28,7 @@ class Federation:
         t = config.training
         drawn = AUGMENTATIONS[t.augment]
         self.samples = Samples(dataset.inputs, dataset.labels, config.data.mean, config.data.std, drawn)
-        self.optimizer = SGD(
-            lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, reset_theta=t.theta_momentum == "reset"
-        )
+        self.optimizer, self.micro_batch = optimizer.rule(t), t.micro_batch
         self.seed, self.evaluation_batch = config.seed, config.evaluation.batch_size
 
     def open(self, client: int) -> tuple[Member, Program, State]:

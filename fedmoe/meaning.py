@@ -20,6 +20,7 @@ LARGEST = {
 
 FROM_0 = {
     *("seed", "run.threads", "data.limit", "data.image_size", "training.momentum", "training.weight_decay"),
+    *("training.clip_norm", "training.micro_batch"),
     *(f"engine.{name}" for name in ("lanes", "cohort", "device_memory_mb", "host_memory_mb")),
     *(f"server.{name}" for name in ("trim", "clip_norm", "byzantine", "chosen")),
 }
@@ -65,6 +66,7 @@ def check(config: Config) -> None:
                 f'gate.norm is "{config.gate.norm}", but {sorted(odd)[0]} norm would tell a token of those to come, '
                 "as a batch's statistics are of all: take none or layer with text"
             )
+    _check_training(config)
     _check_server(config)
 
 
@@ -78,6 +80,17 @@ def _check_text(config: Config) -> None:
         raise UserError("model.local names models for images: set language models, such as llama-tiny or hf/NAME")
     if config.data.sequence_length < 2:
         raise UserError(f"data.sequence_length is {config.data.sequence_length}, must be at least 2")
+
+
+def _check_training(config: Config) -> None:
+    t = config.training
+    if not all(0 <= beta < 1 for beta in t.betas):
+        raise UserError(f"training.betas is {list(t.betas)}, must be two numbers from 0 on, less than 1")
+    if t.optimizer == "adamw" and t.optimizer_states == "8bit" and config.engine.kind == "reference":
+        raise UserError(
+            'training.optimizer_states is "8bit", which the plain loop (engine.kind = "reference") does not have: '
+            'choose "fp32", or engine.kind = "fast"'
+        )
 
 
 def _check_server(config: Config) -> None:
@@ -120,6 +133,11 @@ def unused(config: Config) -> dict[str, str]:
     ]
     without = {
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
+        "training.optimizer": {
+            "sgd": ["training.betas", "training.eps", "training.optimizer_states"],
+            "adamw": ["training.momentum"],
+        }[config.training.optimizer],
+        "training.batch_size": ["training.micro_batch"] * (config.training.micro_batch >= config.training.batch_size),
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
         "data.kind": {

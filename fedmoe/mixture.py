@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fedmoe import config as settings
-from fedmoe import experts
+from fedmoe import experts, optimizer
 from fedmoe.config import Config, Model
 from fedmoe.engine.pretend import pretended
 from fedmoe.engine.program import Branch, Outputs, Program
@@ -268,8 +269,7 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: in
         try:
             with globals_kept():
                 model.train().join(model.program().run(x), y)[0].backward()
-                t = config.training
-                torch.optim.SGD(model.parameters(), t.lr, t.momentum, weight_decay=t.weight_decay).step()
+                optimizer.make(config.training, model.parameters()).step()
                 model.eval()(x)
         except (Exception, SystemExit) as error:  # whatever a user's model raises
             fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
@@ -298,6 +298,8 @@ def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Ten
     if head == "plain":
         return False
     able, why = supported(*operands)
+    if head == "fused" and isinstance(operands[0], FakeTensor):  # it is asked what would be, elsewhere
+        return True
     if head == "fused" and not able:
         raise UserError(f'engine.head is "fused", but the kernels cannot run: {why}; choose "auto" or "plain"')
     return able

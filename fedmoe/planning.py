@@ -1,8 +1,9 @@
 """`fedmoe plan`, and what it shares with the start of a run: device, split and models, all checked, and the sizes."""
 
+import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from rich.console import Console
@@ -10,20 +11,23 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmoe import meaning, mixture, partition
+from fedmoe import engines, meaning, mixture, optimizer, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
 from fedmoe.display import Output, warn, widen
-from fedmoe.engine.choices import amount
+from fedmoe.engine.choices import Choices, amount
 from fedmoe.engine.device import prepare
 from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
+from fedmoe.engine.footprint import footprint
+from fedmoe.engine.member import Samples
 from fedmoe.engine.plan import CHOICES, Plan, plan
+from fedmoe.engine.program import batch_statistics
 from fedmoe.engine.seeds import globals_kept
+from fedmoe.engine.step import How
 from fedmoe.errors import UserError
-from fedmoe.gate import SwitchNorm
+from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
 from fedmoe.mixture import Mixture
 from fedmoe.partition import Split
 
@@ -38,7 +42,7 @@ def run(config: Config, as_json: bool) -> None:
     on = device(config, config.run.threads)
     dataset = load_data(config.data, config.seed)
     split = deal(config, dataset)
-    made, lines = make(config, sizes(config, dataset, split, models(config, dataset, split)), on)
+    made, lines = make(config, sizes(config, dataset, split, models(config, dataset, split), on), on)
     for line in lines:
         warn(line)
     if as_json:
@@ -49,11 +53,14 @@ def run(config: Config, as_json: bool) -> None:
 
 def make(config: Config, given: Sizes, device: torch.device) -> tuple[Plan, list[str]]:
     """The plan for `config` on this device as it is now, and its warnings. UserError where there is none."""
-    wanted = Wanted(**{f.name: getattr(config.engine, f.name) for f in fields(Wanted)})
     try:
-        return plan(wanted, given, facts(device))
+        return plan(_wanted(config), given, facts(device))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _wanted(config: Config) -> Wanted:
+    return Wanted(**{f.name: getattr(config.engine, f.name) for f in fields(Wanted)})
 
 
 def device(config: Config, threads: int) -> torch.device:
@@ -87,6 +94,11 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
         owners = range(first, n, len(config.model.local))
         smallest = min(owners, key=lambda client: len(split.train(client)))
         batch = min(config.training.batch_size, len(split.train(smallest)))
+        if 0 < config.training.micro_batch < batch and (norm := batch_statistics(model)):
+            raise UserError(
+                f"training.micro_batch is {config.training.micro_batch}, but with model {name!r} {norm} takes "
+                f"statistics of whole batches, of {batch}: set it to 0, or choose other norms"
+            )
         mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())
     if config.model.adapter != "none" and config.method != "local" and unused:
@@ -94,64 +106,108 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
     return made
 
 
-def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture]) -> Sizes:
-    """What the engine's plan has to know of the federation, from the data set, the split and what `models` gives."""
-    n, names = config.federation.clients, config.model.local
+def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture], device: torch.device) -> Sizes:
+    """What the engine's plan has to know of the federation, from the data set, the split and what `models` gives.
+
+    Raises UserError as `make` does.
+    """
+    n, names, t = config.federation.clients, config.model.local, config.training
     owned = [names[client % len(names)] for client in range(n)]
     largest = max(len(split.train(client)) for client in range(n))
     held_out = max(len(split.test(client)) for client in range(n))
-    return Sizes(
-        architectures=tuple(
-            _architecture(config, name, owned.count(name), model, dataset.shape, dataset.outputs)
-            for name, model in models.items()
-        ),
+    found = Sizes(
+        architectures=tuple(_architecture(config, name, owned.count(name), model) for name, model in models.items()),
         clients=n,
         sampled=per_round(config),
-        batch=min(config.training.batch_size, largest),
+        batch=min(t.batch_size, largest),
+        micro_batch=t.micro_batch,
+        optimizer={"sgd": "sgd", "adamw": "adamw" if t.optimizer_states == "fp32" else "8-bit adamw"}[t.optimizer],
         evaluation_batch=min(config.evaluation.batch_size, held_out),
         samples=dataset.inputs.nbytes + dataset.labels.nbytes,
         branches=max(len(model.branches()) for model in models.values()),
     )
+    taken = _taken_by_text if config.data.kind == "text" else _taken_by_images
+    how = _how(config, found, device)
+    return replace(
+        found,
+        architectures=tuple(
+            replace(a, activations=taken(config, models[a.name], a, found, dataset, how)) for a in found.architectures
+        ),
+    )
 
 
-def _architecture(
-    config: Config, name: str, clients: int, model: Mixture, shape: tuple[int, ...], outputs: int
-) -> Architecture:
+def _architecture(config: Config, name: str, clients: int, model: Mixture) -> Architecture:
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    buffers = sum(b.nbytes for b in model.buffers())
-    momentum = sum(p.nbytes for p in trainable) if config.training.momentum else 0
     return Architecture(
         name=name,
         clients=clients,
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in frozen),
-        buffers=buffers,
-        state=sum(p.nbytes for p in model.parameters()) + buffers + momentum,
-        activations=_kept(model, shape, outputs),
-        batch_statistics=any(isinstance(module, _BatchNorm | SwitchNorm) for module in model.modules()),
+        buffers=sum(b.nbytes for b in model.buffers()),
+        state=engines.layout(config, name, model).size,
+        batch_statistics=bool(batch_statistics(model)),
     )
 
 
-def _kept(model: Mixture, shape: tuple[int, ...], outputs: int) -> int:
-    """Bytes that the backward pass keeps for one sample, besides the model's own; found by a step on two, on a copy."""
-    with mixture.trial(model, shape) as model, globals_kept():
-        model.train().head = "plain"
-        own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-        kept: dict[int, int] = {}
+def _how(config: Config, given: Sizes, device: torch.device) -> tuple[How, bool]:
+    """How a step will be taken, and whether its head is fused, as far as that does not depend on memory."""
+    try:
+        choices = Choices(_wanted(config), given, facts(device))
+        precision = choices.precision()
+        return How(precision=precision, optimizer=choices.optimizer(precision)), choices.head() == "fused"
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            # Held until the sum is taken: a storage that is let go of could lend its address to the next.
-            x, y = mixture.blank(2, shape, outputs)
-            loss, _ = model.join(model.program().run(x), y)
-        count = sum(size for address, size in kept.items() if address not in own)
-        del loss
-    return -(-count // 2)
+def _taken_by_text(
+    config: Config, model: Mixture, its: Architecture, given: Sizes, dataset: Dataset, how: tuple[How, bool]
+) -> int:
+    """Bytes that a step or a batch of an evaluation takes besides gradients, to the byte of what PyTorch asks for."""
+    samples = Samples(dataset.inputs, dataset.labels, config.data.mean, config.data.std)
+    was, model.head = model.head, "fused" if how[1] else "plain"
+    try:
+        found = footprint(
+            model,
+            Mixture.program,
+            samples,
+            optimizer.rule(config.training),
+            how[0],
+            given.batch,
+            given.evaluation_batch,
+            config.training.micro_batch,
+        )
+    finally:
+        model.head = was
+    # While the fused head works, besides what it gives.
+    slab = SLAB_BYTES if how[1] else 0
+    return max(found.training + slab - 4 * its.trainable, found.evaluation)
+
+
+def _taken_by_images(
+    config: Config, model: Mixture, its: Architecture, given: Sizes, dataset: Dataset, how: tuple[How, bool]
+) -> int:
+    """As `_taken_by_text`, but estimated, which costs less time: twice what the backward pass keeps of a batch.
+
+    Gradients of activations are about as large as these; an evaluation keeps none.
+    """
+    model = copy.deepcopy(model).train()
+    model.head = "plain"
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with globals_kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Held until the sum is taken: a storage that is let go of could lend its address to the next.
+        x, y = mixture.blank(2, dataset.shape, dataset.outputs)
+        loss, _ = model.join(model.program().run(x), y)
+    count = sum(size for address, size in kept.items() if address not in own)
+    del loss
+    return -(-count // 2) * max(2 * given.backward, given.evaluation_batch)
 
 
 def _print(console: Console, made: Plan) -> None:

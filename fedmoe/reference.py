@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmoe import optimizer
 from fedmoe.client import Client, measured, open_client, outgoing
 from fedmoe.config import AUGMENTATIONS, Config
 from fedmoe.engine.seam import Interrupted, Job, Metrics, Result, State
 from fedmoe.engine.seeds import derive, generator, globals_kept, seed_globals
+from fedmoe.engine.step import parts_of
+from fedmoe.errors import UserError
 from fedmoe.kernels.gather_oracle import draw_augmentation
 
 
@@ -72,7 +75,9 @@ class ReferenceEngine:
         return states
 
     def _train(self, client: Client, job: Job) -> Result:
-        start = time.perf_counter()
+        start, t = time.perf_counter(), self.config.training
+        if optimizer.coded(t):  # a run whose plan was removed comes here
+            raise UserError('training.optimizer_states is "8bit", which the plain loop does not have: restore the plan')
         before = client.state()
         at_commit = self._before.setdefault(client.id, before)
         client.receive(job.payload)
@@ -85,7 +90,7 @@ class ReferenceEngine:
             place = (client.id, job.round, epoch)
             order = torch.randperm(client.training, generator=generator(self.config.seed, "order", *place))
             augmentations: Iterable[Tensor | None] = repeat(None)
-            if (augment := AUGMENTATIONS[self.config.training.augment]) is not None:
+            if (augment := AUGMENTATIONS[t.augment]) is not None:
                 drawn = generator(self.config.seed, "augmentation", *place)
                 augmentations = draw_augmentation(steps * size, *augment, drawn).to(self.device).split(size)
             seed_globals(derive(self.config.seed, "dropout", *place))
@@ -93,13 +98,19 @@ class ReferenceEngine:
             for indices, augmentation in zip(batches, augmentations, strict=False):
                 if self.stop.is_set():
                     raise Interrupted
-                x, y = client.batch(indices, augmentation)
-                loss, hits = client.program.join(client.program.run(x), y)
                 client.optimizer.zero_grad()
-                loss.backward()
+                parts = indices.chunk(parts_of(len(indices), t.micro_batch))
+                changes = repeat(None) if augmentation is None else augmentation.split(len(parts[0]))
+                for part, change in zip(parts, changes, strict=False):
+                    x, y = client.batch(part, change)
+                    loss, hits = client.program.join(client.program.run(x), y)
+                    loss = loss * (len(part) / len(indices))
+                    loss.backward()
+                    losses += loss.detach()
+                    correct += hits
+                if t.clip_norm:
+                    torch.nn.utils.clip_grad_norm_(client.mixture.parameters(), t.clip_norm)
                 client.optimizer.step()
-                losses += loss.detach()
-                correct += hits
         samples = epochs * steps * size
         metrics: Metrics = {
             "samples": samples,

@@ -64,7 +64,7 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     engines.check(config, models)
     plan = None
     if config.engine.kind == "fast":
-        plan, lines = planning.make(config, planning.sizes(config, dataset, split, models), device)
+        plan, lines = planning.make(config, planning.sizes(config, dataset, split, models, device), device)
         for line in lines:
             warn(line)
     theta = {}

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.engine.arena import ALIGNMENT, Arena, Layout
+from fedmoe.engine.member import SGD
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import State
 
 LOW = torch.bfloat16
+MOMENTUM = SGD(lr=0.1, momentum=0.9, weight_decay=0.0, reset_theta=True)
 
 
 class Model(nn.Module):
@@ -40,8 +42,8 @@ def state(model: nn.Module) -> State:
 def made(low: torch.dtype | None = None) -> tuple[Model, Layout, Tensor, State]:
     torch.manual_seed(0)
     model = Model()
-    layout = Layout.of(model.program())
-    kept, block = state(model), torch.empty(Layout.of(model.program()).size, dtype=torch.uint8)
+    layout = Layout.of(model.program(), MOMENTUM)
+    kept, block = state(model), torch.empty(Layout.of(model.program(), MOMENTUM).size, dtype=torch.uint8)
     layout.pack(kept, block)
     return model, layout, block, kept
 
@@ -102,7 +104,7 @@ def test_masters_must_be_fp32() -> None:
     model = Model()
     model.local.double()
     with pytest.raises(ValueError, match=r"'local.0.weight' is torch.float64, the engine trains torch.float32"):
-        Layout.of(model.program())
+        Layout.of(model.program(), MOMENTUM)
 
 
 def test_modules_are_whoever_is_in_the_region() -> None:
@@ -119,7 +121,7 @@ def test_modules_are_whoever_is_in_the_region() -> None:
         other.get_parameter("shared.0.weight").add_(1)
     assert torch.equal(layout.unpack(region)["model/shared.0.weight"], kept["model/shared.0.weight"] + 1)
     assert torch.equal(arena.masters()["shared.0.weight"], other.get_parameter("shared.0.weight"))
-    assert torch.equal(arena.momenta()["local.0.bias"], kept["momentum/local.0.bias"])
+    assert torch.equal(arena.kept("momentum")["local.0.bias"], kept["momentum/local.0.bias"])
     assert [t.shape for t in arena.theta()] == [layout.entries[name].shape for name in layout.theta]
 
 

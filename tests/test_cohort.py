@@ -357,7 +357,7 @@ def test_the_plan_says_how_many(ragged: Config, tmp_path: Path, asked: int) -> N
     config = changed(ragged, engine={"cohort": asked}, run={"device": "cpu", "threads": 1})
     run, dataset = begin(config, tmp_path / "run"), load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    sizes_ = planning.sizes(config, dataset, split, planning.models(config, dataset, split))
+    sizes_ = planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
     plan, _ = planning.make(config, sizes_, torch.device("cpu"))
     assert plan.cohort == max(1, asked)
     engines.write(run, plan)

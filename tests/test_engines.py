@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def plan(config: Config) -> Plan:
     dataset = load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split))
+    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
     return planning.make(config, sizes, CPU)[0]
 
 

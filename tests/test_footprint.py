@@ -38,7 +38,7 @@ def test_footprint_is_what_a_step_allocates(how: How, batch: int) -> None:
     samples = Samples(torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64), 0.5, 0.5)
     found = footprint(model, mixture.Mixture.program, samples, OPTIMIZER, how, batch, 64)
     program = model.program()
-    layout, device = Layout.of(program), torch.device("cpu")
+    layout, device = Layout.of(program, OPTIMIZER), torch.device("cpu")
     arena = Arena(program, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
     steps: list[Step] = []
 

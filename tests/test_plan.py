@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -120,7 +120,8 @@ architecture = st.builds(
 def federations(draw: st.DrawFn) -> Sizes:
     kinds = tuple(draw(st.lists(architecture, min_size=1, max_size=6)))
     n = sum(k.clients for k in kinds)
-    given = {name: draw(st.integers(1, 4096)) for name in ("batch", "evaluation_batch")}
+    given: dict[str, Any] = {name: draw(st.integers(1, 4096)) for name in ("batch", "evaluation_batch", "micro_batch")}
+    given["optimizer"] = draw(st.sampled_from(get_args(get_type_hints(Sizes)["optimizer"])))
     sampled = draw(st.integers(1, n))
     return Sizes(
         architectures=kinds, clients=n, sampled=sampled, samples=draw(number), branches=draw(st.integers(1, 3)), **given

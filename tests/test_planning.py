@@ -23,7 +23,7 @@ def test_facts_of_this_machine() -> None:
 def measured(config: Config) -> Sizes:
     dataset = load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    return planning.sizes(config, dataset, split, planning.models(config, dataset, split))
+    return planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
 
 
 def test_sizes_of_a_federation(config: Config) -> None:
@@ -33,11 +33,11 @@ def test_sizes_of_a_federation(config: Config) -> None:
     assert (sizes.clients, sizes.sampled, sizes.batch, sizes.branches) == (7, 4, 16, 3)
     assert sizes.samples == 300 * (28 * 28 + 8)
     first = sizes.architectures[0]
-    assert first.state == 8 * first.trainable and not first.frozen and not first.batch_statistics
+    assert 0 <= first.state - 8 * first.trainable < 2 * 256 * 40 and not first.frozen and not first.batch_statistics
     # Input, and each layer's as the next one's input: at least the two convolutions' outputs, of both experts.
     assert first.activations > 4 * (28 * 28 + 2 * 20 * 24 * 24)
     normed = measured(changed(config, gate={"norm": "paper"}, training={"momentum": 0.0})).architectures[0]
-    assert normed.batch_statistics and normed.buffers and normed.state == 4 * normed.trainable + normed.buffers
+    assert normed.batch_statistics and normed.buffers and normed.state > 8 * normed.trainable + normed.buffers
     assert measured(changed(config, method="local")).branches == 1
 
 

@@ -74,7 +74,7 @@ def test_a_folder_is_a_source_a_file_or_where_it_has_folders_one_for_each(tmp_pa
     assert told(load(deep)) == {"a": "abcd\x03efgh", "b": "ijklmnop\x03"}
     assert told(load(flat / "one.txt")) == {"one.txt": "abcdefgh\x03"}
     (deep / "stray.txt").write_text("x")
-    with pytest.raises(UserError, match="stray.txt: lies beside folders, each of which is a source: put it into one"):
+    with pytest.raises(UserError, match=r"stray.txt: lies beside folders, each of which is a source: put it into one"):
         load(deep)
 
 
@@ -128,7 +128,7 @@ def test_broken_text_is_one_line(
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the file or folder .*nowhere does not exist: give one that holds text"):
+    with pytest.raises(UserError, match=r"the file or folder .*nowhere does not exist: give one that holds text"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no files in it"):
         load(tmp_path)
@@ -138,9 +138,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         load(tmp_path)
     table = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), table)
-    with pytest.raises(UserError, match="no text column '' among n: name one in data.text"):
+    with pytest.raises(UserError, match=r"no text column '' among n: name one in data.text"):
         load(table)
-    with pytest.raises(UserError, match="no label column 'who' among n, text: name one in data.label"):
+    with pytest.raises(UserError, match=r"no label column 'who' among n, text: name one in data.label"):
         pyarrow.parquet.write_table(pyarrow.table({"n": [1], "text": ["a"]}), table)
         load(table, label="who")
     with pytest.raises(UserError, match="text has no column 'split'"):

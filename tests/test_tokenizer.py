@@ -95,7 +95,7 @@ def test_broken_tokenizers_are_one_line(tmp_path: Path, content: bytes | None, s
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
-    with pytest.raises(UserError, match="t.json has no token to end texts with, none of .*: add one"):
+    with pytest.raises(UserError, match=r"t.json has no token to end texts with, none of .*: add one"):
         open_tokenizer(str(tmp_path / "t.json"))
 
 
@@ -104,5 +104,5 @@ def test_a_name_that_no_hub_gives_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("no network\nhere")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(UserError, match="'no-such/thing' is no file or folder here and cannot be had .*no network"):
+    with pytest.raises(UserError, match=r"'no-such/thing' is no file or folder here and cannot be had .*no network"):
         open_tokenizer("no-such/thing")

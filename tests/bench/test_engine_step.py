@@ -54,7 +54,7 @@ def test_step(gpu_benchmark: Bench, tmp_path: Path) -> None:
 
             def call() -> Trained:
                 steps()
-                return Trained(arena.momenta(), precision == "bf16")
+                return Trained(arena.kept("momentum"), precision == "bf16")
 
             return call
 
