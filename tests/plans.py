@@ -36,7 +36,7 @@ DEVICES = [OLD, CARD, H200, CPU]
 
 
 def kind(name: str = "cnn", clients: int = 20, trainable: int = 3_000_000, **others: Any) -> Architecture:
-    given: dict[str, Any] = {"state": 8 * trainable, "activations": 100_000} | others
+    given: dict[str, Any] = {"state": 8 * trainable, "activations": 12_800_000} | others
     return Architecture(name=name, clients=clients, trainable=trainable, **given)
 
 

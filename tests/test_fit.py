@@ -81,18 +81,18 @@ def test_client_that_does_not_fit_is_an_error_with_both_values() -> None:
 
 
 def test_batch_that_does_not_fit_is_a_warning() -> None:
-    sizes = federation(kind(activations=10**8), sampled=1)
+    sizes = federation(kind(activations=128 * 10**8), sampled=1)
     made, warning = refused(OLD, sizes)
     assert warning.startswith("a step of 64 samples takes about 13.3 GB, there are 5.4 GB: lower training.batch_size")
     assert made.device_total() <= OLD.device_free * 4 // 5 and (made.lanes, made.cohort, made.regions) == (1, 1, 1)
-    _, warning = refused(OLD, federation(kind(activations=10**8, batch_statistics=True), sampled=1))
+    _, warning = refused(OLD, federation(kind(activations=128 * 10**8, batch_statistics=True), sampled=1))
     assert "cnn has batch norms, so it cannot be split" in warning
 
 
 def test_reserve_is_what_its_rule_says() -> None:
-    sizes = federation(kind(activations=1000), batch=10, evaluation_batch=100)
-    assert work(sizes, 2, 3, 1, 0, device=False).activations == 2 * 3 * 1000 * 100
-    assert work(replace(sizes, batch=60), 2, 3, 1, 0, device=True).activations == 2 * 3 * 1000 * 120 + WORKSPACE
+    sizes = federation(kind(activations=1000))
+    assert work(sizes, 2, 3, 1, 0, device=False).activations == 2 * 3 * 1000
+    assert work(sizes, 2, 3, 1, 0, device=True).activations == 2 * 3 * 1000 + WORKSPACE
 
 
 def test_budgets() -> None:

@@ -111,7 +111,7 @@ architecture = st.builds(
     frozen=st.integers(0, 10**8),
     buffers=st.integers(0, 10**6),
     state=st.integers(0, 10**9),
-    activations=st.integers(0, 10**7),
+    activations=st.integers(0, 10**9),
     batch_statistics=st.booleans(),
 )
 
