@@ -15,6 +15,7 @@ NAMES: dict[Any, str] = {
     int: "integer",
     str: "string",
     tuple[str, ...]: "list of strings",
+    tuple[int, ...]: "list of whole numbers",
 }
 
 

@@ -117,6 +117,8 @@ def parse(name: str, word: str) -> Any:
     value: Any = word
     if typing.get_origin(kind) is tuple:
         value = word.split("+")
+        if typing.get_args(kind)[0] is int:
+            value = [int(item) if re.fullmatch(r"-?\d+", item) else item for item in value]
     elif kind in (int, float):
         with contextlib.suppress(ValueError):
             value = kind(word)
@@ -129,7 +131,7 @@ def shown(value: Any) -> str:
     """A value as `parse` takes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "+".join(value) if isinstance(value, tuple) else str(value)
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _options(words: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -188,9 +190,10 @@ def _value(name: str, kind: Any, value: Any) -> Any:
             return value
         raise UserError(f"{name} is {value!r}, must be one of {', '.join(typing.get_args(kind))}")
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        item = typing.get_args(kind)[0]
+        if isinstance(value, list) and all(type(entry) is item for entry in value):
             return tuple(value)
-        raise UserError(f"{name} is {value!r}, must be a list of strings")
+        raise UserError(f"{name} is {value!r}, must be a list of {'strings' if item is str else 'whole numbers'}")
     if typing.get_origin(kind) is dict:
         if isinstance(value, dict):
             return _storable(name, value)

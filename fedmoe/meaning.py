@@ -59,6 +59,7 @@ def check(config: Config) -> None:
         raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
     gate_norms(config.gate.norm)
     _check_server(config)
+    _check_attack(config)
 
 
 def _check_server(config: Config) -> None:
@@ -78,6 +79,19 @@ def _check_server(config: Config) -> None:
         raise UserError(f"server.chosen is {s.chosen}, must be at most the {k} clients of a round")
 
 
+def _check_attack(config: Config) -> None:
+    attack, n = config.attack, config.federation.clients
+    if attack.kind == "none":
+        return
+    if not attack.clients:
+        raise UserError(f'attack.clients is empty, must name bad clients with attack.kind = "{attack.kind}"')
+    for client in attack.clients:
+        if not 0 <= client < n:
+            raise UserError(f"attack.clients has {client}, must be from 0 to {n - 1}: federation.clients is {n}")
+        if attack.clients.count(client) > 1:
+            raise UserError(f"attack.clients has {client} twice, must name each client once")
+
+
 def unused(config: Config) -> dict[str, str]:
     """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
     values = configfile.flat(config)
@@ -95,12 +109,16 @@ def unused(config: Config) -> dict[str, str]:
         "model.adapter",
         "training.theta_momentum",
         *of_server,
+        *(f"attack.{field.name}" for field in dataclasses.fields(config.attack)),
         "evaluation.aggregated",
     ]
     without = {
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
+        "attack.kind": {"none": ["attack.clients", "attack.factor"], "nan": ["attack.factor"]}.get(
+            config.attack.kind, []
+        ),
         "partition.kind": {
             "pathological": ["partition.alpha", "partition.column", "partition.options"],
             "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],
