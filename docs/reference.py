@@ -16,6 +16,7 @@ NAMES: dict[Any, str] = {
     str: "string",
     tuple[float, float]: "list of two numbers",
     tuple[str, ...]: "list of strings",
+    tuple[int, ...]: "list of whole numbers",
 }
 
 

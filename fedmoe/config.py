@@ -58,6 +58,19 @@ class Server:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class Attack:
+    """Clients that send what they should not: a simulation, to try `server.aggregation` on."""
+
+    kind: Literal["none", "scale", "flip", "nan"] = "none"
+    """What bad clients send for the theta_k that they trained, theta being what they were sent. `scale`:
+    theta + factor * (theta_k - theta); `flip`: theta - factor * (theta_k - theta); `nan`: NaN, which is rejected."""
+    clients: tuple[int, ...] = ()
+    """Which clients are bad, in every round that they take part in."""
+    factor: float = 10.0
+    """By what an update is multiplied (scale, flip)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Data:
     """The data set. All its splits are pooled and then dealt to the clients."""
 
@@ -264,6 +277,7 @@ class Config:
     run: Run = field(default_factory=Run)
     federation: Federation = field(default_factory=Federation)
     server: Server = field(default_factory=Server)
+    attack: Attack = field(default_factory=Attack)
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
     model: Model = field(default_factory=Model)

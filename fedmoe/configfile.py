@@ -199,9 +199,10 @@ def _value(name: str, kind: Any, value: Any) -> Any:
             return tuple(map(float, value))
         raise UserError(f"{name} is {value!r}, must be a list of two numbers")
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        item = typing.get_args(kind)[0]
+        if isinstance(value, list) and all(type(entry) is item for entry in value):
             return tuple(value)
-        raise UserError(f"{name} is {value!r}, must be a list of strings")
+        raise UserError(f"{name} is {value!r}, must be a list of {'strings' if item is str else 'whole numbers'}")
     if typing.get_origin(kind) is dict:
         if isinstance(value, dict):
             return _storable(name, value)

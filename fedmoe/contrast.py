@@ -1,11 +1,13 @@
 """The numbers of a comparison: each variant's, and its paired difference from the first, with a verdict in words."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedmoe import outcome
+from fedmoe.attack import described
 from fedmoe.errors import UserError
 from fedmoe.pairing import CONFIDENCE, Estimate, deviation, holm, paired, unpaired
 from fedmoe.variants import Trained, Variant, group
@@ -219,6 +221,9 @@ def _oddities(
 ) -> Iterator[str]:
     if left := [str(run.folder) for run in runs if run not in evaluated]:
         yield f"Left out, not evaluated yet: {', '.join(left)}."
+    for bad, count in Counter(described(run.config) for run in evaluated).items():
+        if bad:
+            yield f"Attacked, {_of(count, 'run')}: {bad}."
     if len(variants) == 1:
         yield "The runs are of one variant: there is nothing to compare it with."
     short = [run for run in evaluated if len(run.rounds) < run.config.federation.rounds]

@@ -68,6 +68,7 @@ def check(config: Config) -> None:
             )
     _check_training(config)
     _check_server(config)
+    _check_attack(config)
 
 
 def _check_text(config: Config) -> None:
@@ -110,6 +111,19 @@ def _check_server(config: Config) -> None:
         raise UserError(f"server.chosen is {s.chosen}, must be at most the {k} clients of a round")
 
 
+def _check_attack(config: Config) -> None:
+    attack, n = config.attack, config.federation.clients
+    if attack.kind == "none":
+        return
+    if not attack.clients:
+        raise UserError(f'attack.clients is empty, must name bad clients with attack.kind = "{attack.kind}"')
+    for client in attack.clients:
+        if not 0 <= client < n:
+            raise UserError(f"attack.clients has {client}, must be from 0 to {n - 1}: federation.clients is {n}")
+        if attack.clients.count(client) > 1:
+            raise UserError(f"attack.clients has {client} twice, must name each client once")
+
+
 def unused(config: Config) -> dict[str, str]:
     """Every field that has no effect in this configuration, whatever its value, with what takes it away."""
     values = configfile.flat(config)
@@ -129,6 +143,7 @@ def unused(config: Config) -> dict[str, str]:
         "model.adapter",
         "training.theta_momentum",
         *of_server,
+        *(f"attack.{field.name}" for field in dataclasses.fields(config.attack)),
         "evaluation.aggregated",
     ]
     without = {
@@ -145,6 +160,9 @@ def unused(config: Config) -> dict[str, str]:
             "text": ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"],
         }[config.data.kind],
         "model.tune": [f"model.{name}" for name in {"full": [*lora, "frozen_dtype"], "frozen": lora}.get(tune, [])],
+        "attack.kind": {"none": ["attack.clients", "attack.factor"], "nan": ["attack.factor"]}.get(
+            config.attack.kind, []
+        ),
         "partition.kind": {
             "pathological": ["partition.alpha", "partition.column", "partition.options"],
             "dirichlet": ["partition.classes_per_client", "partition.column", "partition.options"],

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmoe import configfile, meaning, outcome, reportfigures
+from fedmoe.attack import described
 from fedmoe.config import Config
 from fedmoe.insight import Gated, Pictured
 from fedmoe.outcome import Over, Round
@@ -114,6 +115,8 @@ class ReportSections:
         yield "rounds", f"{len(s.rounds)}", "all" if len(s.rounds) == wanted else f"of {wanted}"
         sampled = f", {statistics.median(len(r.sampled) for r in s.rounds):g} a round" if s.rounds else ""
         yield "clients", f"{len(s.train):,}", f"{_count(len(set(self._models[: len(s.train)])), 'model')}{sampled}"
+        if bad := described(s.config):
+            yield "attack", s.config.attack.kind, f"simulated: {bad}"
         if not s.rounds:
             return
         whole, train = sum(r.seconds for r in s.rounds), sum(r.train_seconds for r in s.rounds)
@@ -250,9 +253,8 @@ class ReportSections:
         if times := sum(len(r.rejected) for r in lines):
             notes.append(f"The server rejected {_count(times, 'result')} of clients, not fit to count")
         if times := sum(bool(r.kept) for r in lines):
-            notes.append(
-                f"In {_count(times, 'round')} the global expert stayed as it was: too few results were fit to count"
-            )
+            why = "too few results were fit to count"
+            notes.append(f"In {_count(times, 'round')} the global expert stayed as it was: {why}")
         if times := sum(bool(r.not_finite) for r in lines):
             notes.append(f"In {times:,} rounds a client's test loss was not finite: it counts in no mean")
         if len(lines) > LISTED:

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 
 from fedmoe import engines
+from fedmoe.attack import attacked, described
 from fedmoe.checkpoint import Writer, load
 from fedmoe.config import Config
-from fedmoe.display import Display, Output
+from fedmoe.display import Display, Output, say
 from fedmoe.engine.ranges import phase
 from fedmoe.engine.seam import Engine, Interrupted, Job, Payload, Refused, Result
 from fedmoe.errors import DiskError, OutputLost, UserError
@@ -62,6 +63,8 @@ def run_rounds(config: Config, run: Path, device: torch.device, whole: Whole | N
         server = Server(config, load(run, writer.manifest.server))
         log = stack.enter_context(Log(run, done))
         rounds = config.federation.rounds
+        if bad := described(config):
+            say(whole.console, f"attacked: {bad}")
         display = stack.enter_context(Display(rounds, done, len(server.sample(1)), whole.console))
 
         def save() -> None:
@@ -164,7 +167,8 @@ def _round(config: Config, server: Server, engine: Engine, number: int, display:
     start = time.perf_counter()
     results, sent, aggregating = [], [], 0.0
     arrivals = Arrivals(config.server, server.theta)
-    for result in engine.run("train", server.jobs(number)):
+    jobs = server.jobs(number)
+    for result in attacked(config.attack, jobs, engine.run("train", jobs)):
         arrived = time.perf_counter()
         with phase("averaging"):
             arrivals.add(result)
