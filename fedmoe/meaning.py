@@ -12,6 +12,7 @@ LARGEST = {
     "seed": 2**63 - 1,
     "run.threads": 1024,
     "data.image_size": 4096,
+    "data.sequence_length": 2**20,
     "gate.hidden": 2**20,
     "training.momentum": 0.9999,
     "engine.lanes": 7,  # with up to four streams each, and the engine's own, of the 32 that PyTorch has
@@ -49,6 +50,16 @@ def check(config: Config) -> None:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
+    if config.data.sequence_length < 2:
+        raise UserError(f"data.sequence_length is {config.data.sequence_length}, must be 2 or more")
+    embedded = {"digits": "images", "stdlib": "text"}
+    if (is_of := embedded.get(config.data.name, config.data.kind)) != config.data.kind:
+        raise UserError(
+            f'data.name is "{config.data.name}" with data.kind = "{config.data.kind}", must be one that has '
+            f'{config.data.kind}, or set data.kind = "{is_of}"'
+        )
+    if not config.data.tokenizer:
+        raise UserError("data.tokenizer is empty, must be bytes, a tokenizer.json or a folder with one, or a model")
     kind, column = config.partition.kind, config.partition.column
     if kind not in PARTITIONS and not kind.endswith("Partitioner"):
         raise UserError(
@@ -97,7 +108,10 @@ def unused(config: Config) -> dict[str, str]:
         *of_server,
         "evaluation.aggregated",
     ]
+    of_images = ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"]
+    of_text = ["data.text", "data.tokenizer", "data.sequence_length"]
     without = {
+        "data.kind": {"images": of_text, "text": of_images}[config.data.kind],
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
