@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,16 +52,14 @@ def parts(tables: Sequence[Table], image: str, label: str) -> list[Part]:
     ]
 
 
-def documents(table: Table, text: str, label: str) -> Iterator[tuple[int, str, str]]:
-    """Each row with its text and whose it is: what column `label` says, or nothing if that is empty."""
-    whose = _sources(table, label) if label else []
-    row = 0
-    for batch in table.read(text):
-        for value in batch.to_pylist():
-            if value is None:
-                raise UserError(f"{table.name}: row {row}: no text: repair or remove the row")
-            yield row, value, whose[row] if label else ""
-            row += 1
+def documents(table: Table, text: str, label: str) -> Iterator[tuple[str, str | None]]:
+    """The text of each row and whose it is: what column `label` says, or None if that is empty."""
+    whose = _sources(table, label) if label else repeat(None)
+    texts = (value for batch in table.read(text) for value in batch.to_pylist())
+    for row, (value, source) in enumerate(zip(texts, whose, strict=False)):
+        if value is None:
+            raise UserError(f"{table.name}: row {row}: no text: repair or remove the row")
+        yield value, source
 
 
 def of_text(table: Table, text: str, label: str) -> tuple[str, str]:
@@ -68,11 +67,11 @@ def of_text(table: Table, text: str, label: str) -> tuple[str, str]:
 
     If empty, the first is `text`, `content` or the only one of text, and the second `source` or none at all.
     """
-    from pyarrow.types import is_large_string, is_string, is_string_view
+    from pyarrow.types import is_large_string, is_string
 
     kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
     label = label or ("source" if "source" in kinds else "")
-    fit = [name for name, kind in kinds.items() if is_string(kind) or is_large_string(kind) or is_string_view(kind)]
+    fit = [name for name, kind in kinds.items() if is_string(kind) or is_large_string(kind)]
     candidates = [name for name in ("text", "content") if name in fit][:1] or [name for name in fit if name != label]
     chosen = _chosen(table, "text", [text] if text else candidates, fit)
     return chosen, label and _chosen(table, "label", [label], _plain(table.schema))
