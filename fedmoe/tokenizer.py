@@ -112,6 +112,8 @@ class FileTokenizer(Tokenizer):
         self._name, self._made = shown(path), made
         vocabulary = made.get_vocab()
         self.size = max(vocabulary.values(), default=-1) + 1  # not their count: numbers may be left out
+        if self.size > 2**31:
+            raise UserError(f"{self._name}: a token has number {self.size - 1}, at most {2**31 - 1} can be: repair it")
         special = {token.content for token in made.get_added_tokens_decoder().values() if token.special}
         self._end = _end(path, vocabulary, special)
         self.end = vocabulary[self._end]
@@ -145,7 +147,7 @@ def open_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name).expanduser()
     if not (name.startswith((".", "/", "~")) or path.suffix == ".json" or path.exists()):
-        return FileTokenizer(_in(_fetched(name), name))
+        return FileTokenizer(_in(_fetched(name), repr(name)))
     if not path.exists():
         raise UserError(
             f'data.tokenizer: the file or folder {shown(path)} does not exist: give "bytes", a tokenizer.json or a '

@@ -143,6 +143,6 @@ def _refusal(streams: dict[str, _Stream], config: settings.Data) -> str:
     if not streams or not streams[longest].length:
         return f"{config.name}: no text in it: give a data set that has some"
     return (
-        f"{config.name}: the longest of its sources, {longest!r}, has {streams[longest].length} tokens, "
-        f"data.sequence_length = {config.sequence_length} needs {config.sequence_length + 1}: give more text, or set less"
+        f"{config.name}: the longest of its sources, {longest!r}, has {streams[longest].length} tokens, data."
+        f"sequence_length = {config.sequence_length} needs {config.sequence_length + 1}: give more text or set less"
     )
