@@ -177,8 +177,8 @@ def test_columns_are_named_or_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', "line 3: no JSON (Expecting ',' delimiter"),
-        ("nothing", "line 3: no JSON (Expecting value"),
+        ('{"text": "a"', "line 3: no JSON (Expecting ',' delimiter at column 13): repair or remove the line"),
+        ("nothing", "line 3: no JSON (Expecting value at column 1): repair"),
         ("[" * 100_000, "line 3: no JSON (maximum recursion depth exceeded"),
         ('["text"]', "line 3: list, an object with a field for the text is needed: repair it"),
         ("null", "line 3: NoneType, an object"),

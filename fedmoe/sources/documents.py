@@ -51,6 +51,7 @@ def documents(config: Data) -> Iterator[Document]:
         raise UserError(f"data.name: the file or folder {shown(path)} does not exist: give {KINDS}")
     if path.is_dir():
         return _of_folder(path, config)
+    regular(path)
     if path.suffix in TABLES:
         return _of_table_files(path, [path], config)
     if path.suffix in JSONL:
@@ -159,9 +160,10 @@ def _of_lines(root: Path, sources: dict[Path, str], config: Data) -> Iterator[Do
 
 def _record(text: str, place: str) -> dict[str, object]:
     try:
-        record = json.loads(text)
+        record = json.loads(text.rstrip())  # an end of the line would be counted as one more
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: no JSON ({line(error)}): repair or remove the line") from error
+        cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else line(error)
+        raise UserError(f"{place}: no JSON ({cause}): repair or remove the line") from error
     if not isinstance(record, dict):
         raise UserError(f"{place}: {type(record).__name__}, an object with a field for the text is needed: repair it")
     return record
