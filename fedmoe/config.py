@@ -75,25 +75,26 @@ class Data:
     """The data set. All its splits are pooled and then dealt to the clients."""
 
     kind: Literal["images", "text"] = "images"
-    """Images with a class each, or text whose next token is to be predicted."""
+    """What the samples are: images with labels, or sequences of tokens of text with whose text it is."""
     name: str = "digits"
     """`digits` (embedded); a file or folder of parquet, arrow, npz or IDX files; a folder of images for each class; or
-    the name of a Hugging Face data set. Text: `stdlib`, the source of Python's standard library (embedded); a text,
-    JSONL, parquet or arrow file, or a folder of such; or a Hugging Face data set."""
+    the name of a Hugging Face data set. Text: `stdlib` (the standard library of the Python that runs, each top-level
+    package or module a source); a file or folder of JSONL, parquet or arrow files; a folder of text files, whose
+    subfolders are the sources, or where it has none its files; or the name of a Hugging Face data set."""
     splits: tuple[str, ...] = ()
     """Splits to use, by name; empty uses all."""
     image: str = ""
     """Image column or array; empty finds it by its name or as the only one."""
     label: str = ""
-    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column. Of text,
-    the column or field that says whose it is; empty takes the file's or folder's name."""
+    """Label column or array; empty finds it by its name, such as `label`, or as the only class-label column. Text: the
+    column or field that says whose it is, its source; empty takes `source`, or where there is none the file."""
     text: str = ""
-    """Column or field of the text; empty finds it by its name, such as `text`, or as the only one of strings."""
+    """Text column or field; empty finds `text` or `content`, or the only one of text."""
     tokenizer: str = "bytes"
-    """Makes tokens of text: `bytes`; or one of the library tokenizers: a tokenizer.json, a folder with one, or a name
-    on the Hugging Face hub."""
+    """What cuts text into tokens: `bytes`; a `tokenizer.json` or a folder with one; or the name of a Hugging Face
+    model."""
     sequence_length: int = 128
-    """Tokens of text in a sample, T; each is predicted from those before it."""
+    """Tokens that are predicted in a sample of text, T."""
     image_size: int = 0
     """Resize images to this many pixels square; 0 keeps their size (digits: 28)."""
     limit: int = 0

@@ -12,6 +12,7 @@ LARGEST = {
     "seed": 2**63 - 1,
     "run.threads": 1024,
     "data.image_size": 4096,
+    "data.sequence_length": 2**20,
     "gate.hidden": 2**20,
     "training.momentum": 0.9999,
     "engine.lanes": 7,  # with up to four streams each, and the engine's own, of the 32 that PyTorch has
@@ -50,6 +51,16 @@ def check(config: Config) -> None:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
+    if config.data.sequence_length < 2:
+        raise UserError(f"data.sequence_length is {config.data.sequence_length}, must be 2 or more")
+    embedded = {"digits": "images", "stdlib": "text"}
+    if (is_of := embedded.get(config.data.name, config.data.kind)) != config.data.kind:
+        raise UserError(
+            f'data.name is "{config.data.name}" with data.kind = "{config.data.kind}", must be one that has '
+            f'{config.data.kind}, or set data.kind = "{is_of}"'
+        )
+    if not config.data.tokenizer:
+        raise UserError("data.tokenizer is empty, must be bytes, a tokenizer.json or a folder with one, or a model")
     kind, column = config.partition.kind, config.partition.column
     if kind not in PARTITIONS and not kind.endswith("Partitioner"):
         raise UserError(
@@ -72,15 +83,8 @@ def check(config: Config) -> None:
 
 
 def _check_text(config: Config) -> None:
-    data, local = config.data, Config().model.local
-    if data.name == "digits":
-        raise UserError('data.name is "digits", which holds images: set it to stdlib, a file, a folder or a data set')
-    if config.partition.kind == "natural" and config.partition.column not in ("", "source"):
-        raise UserError(f'partition.column is "{config.partition.column}", must be source with text')
-    if config.model.local == local:
+    if config.model.local == Config().model.local:
         raise UserError("model.local names models for images: set language models, such as llama-tiny or hf/NAME")
-    if config.data.sequence_length < 2:
-        raise UserError(f"data.sequence_length is {config.data.sequence_length}, must be at least 2")
 
 
 def _check_training(config: Config) -> None:
@@ -136,7 +140,6 @@ def unused(config: Config) -> dict[str, str]:
         "multi_krum": ["byzantine", "chosen"],
     }.get(server.aggregation, [])
     lora, tune = ["lora_rank", "lora_alpha", "lora_targets"], config.model.tune
-    of_text = [f"model.{name}" for name in ("weights", "tune", "attention", "activation_checkpointing")]
     alone = [
         *shared,
         "model.global_expert",
@@ -146,7 +149,11 @@ def unused(config: Config) -> dict[str, str]:
         *(f"attack.{field.name}" for field in dataclasses.fields(config.attack)),
         "evaluation.aggregated",
     ]
+    of_images = ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"]
+    of_text = ["data.text", "data.tokenizer", "data.sequence_length"]
+    of_text += [f"model.{name}" for name in ("weights", "tune", "attention", "activation_checkpointing")]
     without = {
+        "data.kind": {"images": of_text, "text": of_images}[config.data.kind],
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
         "training.optimizer": {
             "sgd": ["training.betas", "training.eps", "training.optimizer_states"],
@@ -155,10 +162,6 @@ def unused(config: Config) -> dict[str, str]:
         "training.batch_size": ["training.micro_batch"] * (config.training.micro_batch >= config.training.batch_size),
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
-        "data.kind": {
-            "images": ["data.text", "data.tokenizer", "data.sequence_length", *of_text],
-            "text": ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"],
-        }[config.data.kind],
         "model.tune": [f"model.{name}" for name in {"full": [*lora, "frozen_dtype"], "frozen": lora}.get(tune, [])],
         "attack.kind": {"none": ["attack.clients", "attack.factor"], "nan": ["attack.factor"]}.get(
             config.attack.kind, []

@@ -118,6 +118,10 @@ def test_bad_option(words: list[str], complaint: str) -> None:
         ("gate", "hidden", 2_000_000_000),
         ("evaluation", "batch_size", 10**20),
         ("data", "image_size", 100_000),
+        ("data", "sequence_length", 1),
+        ("data", "sequence_length", 2**21),
+        ("data", "tokenizer", ""),
+        ("data", "name", "stdlib"),
         ("training", "batch_size", 0),
         ("training", "momentum", -0.1),
         ("partition", "test_fraction", 1.0),
@@ -143,8 +147,22 @@ def test_static_weight_is_a_share() -> None:
         check(replace(Config(), static_weight=1.5))
 
 
+def test_what_is_embedded_is_of_one_kind() -> None:
+    check(changed(Config(), data={"kind": "text", "name": "stdlib"}))
+    with pytest.raises(UserError, match=r'^data\.name is "digits" with data\.kind = "text", must be .* "images"$'):
+        check(changed(Config(), data={"kind": "text"}))
+
+
 def test_settings_without_effect_are_named() -> None:
     assert ignored(Config()) == []
+    assert ignored(changed(Config(), data={"sequence_length": 64, "image_size": 32})) == [
+        'data.sequence_length = 64 has no effect with data.kind = "images"'
+    ]
+    text = {"kind": "text", "name": "stdlib", "sequence_length": 64, "image_size": 32}
+    assert ignored(changed(Config(), data=text, training={"augment": "flip"})) == [
+        'data.image_size = 32 has no effect with data.kind = "text"',
+        'training.augment = flip has no effect with data.kind = "text"',
+    ]
     assert ignored(changed(Config(), method="static", static_weight=0.3, gate={"norm": "paper"})) == [
         'gate.norm = paper has no effect with method = "static"'
     ]

@@ -1,4 +1,4 @@
-"""Samples in tables with an image and a label column: parquet and arrow files, and data sets from the hub."""
+"""Samples in tables: images and their labels, or text and whose it is; parquet, arrow, and data sets from the hub."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +50,31 @@ def parts(tables: Sequence[Table], image: str, label: str) -> list[Part]:
         )
         for table, label, names in found
     ]
+
+
+def documents(table: Table, text: str, label: str) -> Iterator[tuple[str, str | None]]:
+    """The text of each row and whose it is: what column `label` says, or None if that is empty."""
+    whose = _sources(table, label) if label else repeat(None)
+    texts = (value for batch in table.read(text) for value in batch.to_pylist())
+    for row, (value, source) in enumerate(zip(texts, whose, strict=False)):
+        if value is None:
+            raise UserError(f"{table.name}: row {row}: no text: repair or remove the row")
+        yield value, source
+
+
+def of_text(table: Table, text: str, label: str) -> tuple[str, str]:
+    """The columns of the text and of whose it is.
+
+    If empty, the first is `text`, `content` or the only one of text, and the second `source` or none at all.
+    """
+    from pyarrow.types import is_large_string, is_string
+
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    label = label or ("source" if "source" in kinds else "")
+    fit = [name for name, kind in kinds.items() if is_string(kind) or is_large_string(kind)]
+    candidates = [name for name in ("text", "content") if name in fit][:1] or [name for name in fit if name != label]
+    chosen = _chosen(table, "text", [text] if text else candidates, fit)
+    return chosen, label and _chosen(table, "label", [label], _plain(table.schema))
 
 
 def parquet(path: Path, split: str) -> Table:
@@ -153,11 +179,16 @@ def _column(table: Table, what: Literal["image", "label"], wanted: str) -> str:
         fit = [name for name, kind in kinds.items() if is_integer(kind)]
         typed = [name for name, feature in _features(table.schema).items() if feature.get("_type") == "ClassLabel"]
         candidates = [name for name in ("label", "labels", "fine_label") if name in kinds][:1] or typed
-    chosen = [wanted] if wanted else candidates
+    return _chosen(table, what, [wanted] if wanted else candidates, fit)
+
+
+def _chosen(table: Table, what: Literal["image", "label", "text"], chosen: list[str], fit: list[str]) -> str:
+    """The only column there is to choose. UserError unless there is one, and it fits."""
     if len(chosen) == 1 and chosen[0] in fit and table.schema.names.count(chosen[0]) == 1:
         return chosen[0]
     found = f"no {what} column {chosen[0]!r}" if len(chosen) == 1 else f"{len(chosen)} {what} columns"
-    listing = line(ValueError(", ".join(f"{name} ({kind})" for name, kind in kinds.items()).replace("\n", " ")))
+    kinds = zip(table.schema.names, table.schema.types, strict=True)
+    listing = line(ValueError(", ".join(f"{name} ({kind})" for name, kind in kinds).replace("\n", " ")))
     raise UserError(f"{table.name}: {found} among {listing}: name one in data.{what}")
 
 
@@ -171,6 +202,15 @@ def _plain(schema: "pyarrow.Schema") -> list[str]:
 
 def _values(table: Table, column: str) -> list[object]:
     return [value for batch in table.read(column) for value in batch.to_pylist()]
+
+
+def _sources(table: Table, column: str) -> list[str]:
+    """Whose each row is: a name, or a number, which the class names may name."""
+    names, values = _names(table, column), _values(table, column)
+    for row, value in enumerate(values):
+        if not isinstance(value, str | int):
+            raise UserError(f"{table.name}: row {row}: {column} is {value!r}, not a name or a whole number: repair it")
+    return [names[v] if isinstance(v, int) and 0 <= v < len(names) else str(v) for v in values]
 
 
 def _labels(table: Table, column: str) -> Rows:

@@ -27,13 +27,9 @@ def parts(path: Path, config: Data) -> list[Part]:
     if not path.is_dir():
         return _file(regular(path), config)
     top = listed(path)
-    data = listed(path / "data") if (path / "data").is_dir() else []
-    inner = sorted(map(printable, path.glob("*/*.arrow")))
-    found: dict[str, Callable[[], list[Part]]] = {}
-    if files := [file for file in top if file.suffix == ".parquet"] or [f for f in data if f.suffix == ".parquet"]:
-        found["parquet files"] = partial(_tables, path, files, columnar.parquet, config)
-    if files := [file for file in top if file.suffix in ARROW] or inner:
-        found["arrow files"] = partial(_tables, path, files, columnar.arrow, config)
+    found: dict[str, Callable[[], list[Part]]] = {
+        kind: partial(_tables, path, files, config) for kind, files in table_files(path).items()
+    }
     if files := [file for file in top if file.suffix == ".npz"]:
         found["npz files"] = partial(_archives, path, files, config)
     if files := [file for file in top if idx.is_idx(file)]:
@@ -49,11 +45,32 @@ def parts(path: Path, config: Data) -> list[Part]:
     raise UserError(f"{shown(path)}: no parquet files in it or its data/, nor another kind: give {KINDS}")
 
 
+def table_files(folder: Path) -> dict[str, list[Path]]:
+    """The parquet files and the arrow files of a folder, by what they are; without any that there are none of."""
+    top = listed(folder)
+    data = listed(folder / "data") if (folder / "data").is_dir() else []
+    inner = sorted(map(printable, folder.glob("*/*.arrow")))
+    found = {
+        "parquet files": [f for f in top if f.suffix == ".parquet"] or [f for f in data if f.suffix == ".parquet"],
+        "arrow files": [f for f in top if f.suffix in ARROW] or inner,
+    }
+    return {kind: files for kind, files in found.items() if files}
+
+
+def tables(path: Path, files: list[Path], splits: tuple[str, ...]) -> list[columnar.Table]:
+    """Files in the hub's layout, `train-00000-of-00005.parquet`, or in a folder for each split."""
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        apart = file.parent != path and file.parent.name != "data" and file != path
+        by_split.setdefault(file.parent.name if apart else file.stem.split("-")[0], []).append(file)
+    chosen = choose(splits, set(by_split), shown(path))
+    read = columnar.parquet if files[0].suffix == ".parquet" else columnar.arrow
+    return [read(file, split) for split in chosen for file in by_split[split]]
+
+
 def _file(path: Path, config: Data) -> list[Part]:
-    if path.suffix == ".parquet":
-        return _tables(path, [path], columnar.parquet, config)
-    if path.suffix in ARROW:
-        return _tables(path, [path], columnar.arrow, config)
+    if path.suffix in (".parquet", *ARROW):
+        return _tables(path, [path], config)
     if path.suffix == ".npz":
         return _archives(path, [path], config)
     if idx.is_idx(path):
@@ -61,15 +78,8 @@ def _file(path: Path, config: Data) -> list[Part]:
     raise UserError(f"data.name: {shown(path)} is of no known kind by its name: give {KINDS}")
 
 
-def _tables(path: Path, files: list[Path], table: Callable[[Path, str], columnar.Table], config: Data) -> list[Part]:
-    """Files in the hub's layout, `train-00000-of-00005.parquet`, or in a folder for each split."""
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        apart = file.parent != path and file.parent.name != "data" and file != path
-        by_split.setdefault(file.parent.name if apart else file.stem.split("-")[0], []).append(file)
-    chosen = choose(config.splits, set(by_split), shown(path))
-    tables = [table(file, split) for split in chosen for file in by_split[split]]
-    return columnar.parts(tables, config.image, config.label)
+def _tables(path: Path, files: list[Path], config: Data) -> list[Part]:
+    return columnar.parts(tables(path, files, config.splits), config.image, config.label)
 
 
 def _archives(path: Path, files: list[Path], config: Data) -> list[Part]:
