@@ -70,21 +70,14 @@ def check(config: Config) -> None:
     if kind == "natural" and not column:
         raise UserError('partition.column is empty, must name a column of the data with partition.kind = "natural"')
     norms = gate_norms(config.gate.norm)
-    if config.data.kind == "text":
-        _check_text(config)
-        if config.method == "fedmoe" and (odd := {"batch", "switch"} & set(norms)):
-            raise UserError(
-                f'gate.norm is "{config.gate.norm}", but {sorted(odd)[0]} norm would tell a token of those to come, '
-                "as a batch's statistics are of all: take none or layer with text"
-            )
+    if config.data.kind == "text" and config.method == "fedmoe" and (odd := {"batch", "switch"} & set(norms)):
+        raise UserError(
+            f'gate.norm is "{config.gate.norm}", but {sorted(odd)[0]} norm would tell a token of those to come, as a '
+            "batch's statistics are of all: take none or layer with text"
+        )
     _check_training(config)
     _check_server(config)
     _check_attack(config)
-
-
-def _check_text(config: Config) -> None:
-    if config.model.local == Config().model.local:
-        raise UserError("model.local names models for images: set language models, such as llama-tiny or hf/NAME")
 
 
 def _check_training(config: Config) -> None:

@@ -73,7 +73,7 @@ def rounds(
 def assert_close(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
     """Every payload and state within `tolerance`, relative to its norm; losses too; counts of samples exactly."""
     for a, b in zip(ours.theta, theirs.theta, strict=True):
-        assert apart(a["theta"], b["theta"]) <= tolerance
+        assert a.keys() == b.keys() and all(apart(a[name], b[name]) <= tolerance for name in a)
     for ours_, theirs_ in ((ours.train, theirs.train), (ours.evaluated, theirs.evaluated)):
         for x, y in zip(ours_, theirs_, strict=True):
             assert (x.client, x.weight, x.metrics.get("samples")) == (y.client, y.weight, y.metrics.get("samples"))
