@@ -70,11 +70,11 @@ def rounds(
     return out
 
 
-def in_pieces(config: Config, run: Path, how: How, number: int) -> Outcome:
+def in_pieces(config: Config, run: Path, how: How, number: int, device: str = "cpu") -> Outcome:
     """`number` rounds, with an engine of its own for each, from what the one before saved."""
     joined, last = Outcome([], [], [], {}), None
     for r in range(1, number + 1):
-        with engine(config, run, how) as made:
+        with engine(config, run, how, device) as made:
             part = rounds(config, made, run, 1, r, last)
         last = part.theta[-1]
         writer = checkpoint.Writer(run)
