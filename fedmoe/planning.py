@@ -87,16 +87,16 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
 
     Raises UserError for the first that cannot train.
     """
-    n, classes, made = config.federation.clients, len(dataset.classes), {}
+    n, classes, t, made = config.federation.clients, len(dataset.classes), config.training, {}
     for first, name in enumerate(config.model.local[:n]):
         model = made[name] = mixture.build(config, first, shape(dataset), classes)
         owners = range(first, n, len(config.model.local))
-        smallest = min(owners, key=lambda client: len(split.train(client)))
-        batch = min(config.training.batch_size, len(split.train(smallest)))
-        if 0 < config.training.micro_batch < batch and (norm := batch_statistics(model)):
+        smallest, largest = (of(owners, key=lambda client: len(split.train(client))) for of in (min, max))
+        batch, most = (min(t.batch_size, len(split.train(client))) for client in (smallest, largest))
+        if 0 < t.micro_batch < most and (norm := batch_statistics(model)):
             raise UserError(
-                f"training.micro_batch is {config.training.micro_batch}, but with model {name!r} {norm} takes "
-                f"statistics of whole batches, of {batch}: set it to 0, or choose other norms"
+                f"training.micro_batch is {t.micro_batch}, but with model {name!r} {norm} takes statistics of whole "
+                f"batches, of {most}: set it to 0, or choose other norms"
             )
         mixture.rehearse(config, model, shape(dataset), classes, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())

@@ -49,6 +49,8 @@ def test_micro_batches_take_less_and_one_client_at_a_time() -> None:
     alone = work(replace(FIVE, evaluation_batch=1, micro_batch=8), 1, 1, 1, 0, False)
     assert alone.activations == 2 * 8 * FIVE.architectures[0].activations
     assert decide(CARD, replace(FIVE, micro_batch=64)) == decide(CARD)
+    low = [work(replace(FIVE, micro_batch=n), 1, 1, 1, 2, False).gradients for n in (0, 8)]
+    assert low == [4 * FIVE.architectures[0].trainable, 6 * FIVE.architectures[0].trainable]
 
 
 def test_cohort_by_clients_of_a_round() -> None:
