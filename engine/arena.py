@@ -147,6 +147,11 @@ class Layout:
         named = [name for name, entry in self.entries.items() if entry.offset < 4 * self.weights]
         return [name.removeprefix("model/") for name in named]
 
+    @property
+    def optimizer(self) -> int:
+        """Bytes of what the optimizer keeps."""
+        return sum(entry.bytes for kind, entry in self.whole.items() if kind != "model")
+
     def pack(self, state: State, block: Tensor) -> None:
         """Write a state into a block; what it does not have of the optimizer's is zero.
 

@@ -68,8 +68,12 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
     def members(a: Architecture) -> int:
         return min(cohort, together(a, sizes))
 
+    def gradients(a: Architecture) -> int:
+        # Those of micro-batches add up in fp32, beside their own in low precision.
+        return members(a) * (4 + low * (sizes.backward < sizes.batch)) * a.trainable
+
     def region(a: Architecture) -> int:
-        return members(a) * (a.state + 4 * a.trainable + low * a.trainable)
+        return members(a) * (a.state + low * a.trainable) + gradients(a)
 
     def batch(a: Architecture) -> int:
         return members(a) * a.activations
@@ -84,7 +88,7 @@ def work(sizes: Sizes, lanes: int, cohort: int, regions: int, low: int, device: 
         cohort,
         regions,
         states=regions * sum(members(a) * a.state for a in held),
-        gradients=regions * sum(members(a) * 4 * a.trainable for a in held),
+        gradients=regions * sum(map(gradients, held)),
         low_precision=regions * sum(members(a) * low * a.trainable for a in held),
         activations=running + WORKSPACE * device,
     )

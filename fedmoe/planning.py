@@ -20,6 +20,7 @@ from fedmoe.display import Output, warn, widen
 from fedmoe.engine.choices import Choices, amount
 from fedmoe.engine.device import prepare
 from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
+from fedmoe.engine.fit import work
 from fedmoe.engine.footprint import footprint
 from fedmoe.engine.member import Samples
 from fedmoe.engine.plan import CHOICES, Plan, plan
@@ -88,16 +89,16 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
 
     Raises UserError for the first that cannot train.
     """
-    n, made = config.federation.clients, {}
+    n, t, made = config.federation.clients, config.training, {}
     for first, name in enumerate(config.model.local[:n]):
         model = made[name] = mixture.build(config, first, dataset.shape, dataset.outputs)
         owners = range(first, n, len(config.model.local))
-        smallest = min(owners, key=lambda client: len(split.train(client)))
-        batch = min(config.training.batch_size, len(split.train(smallest)))
-        if 0 < config.training.micro_batch < batch and (norm := batch_statistics(model)):
+        smallest, largest = (of(owners, key=lambda client: len(split.train(client))) for of in (min, max))
+        batch, most = (min(t.batch_size, len(split.train(client))) for client in (smallest, largest))
+        if 0 < t.micro_batch < most and (norm := batch_statistics(model)):
             raise UserError(
-                f"training.micro_batch is {config.training.micro_batch}, but with model {name!r} {norm} takes "
-                f"statistics of whole batches, of {batch}: set it to 0, or choose other norms"
+                f"training.micro_batch is {t.micro_batch}, but with model {name!r} {norm} takes statistics of whole "
+                f"batches, of {most}: set it to 0, or choose other norms"
             )
         mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())
@@ -181,7 +182,8 @@ def _taken_by_text(
         model.head = was
     # While the fused head works, besides what it gives.
     slab = SLAB_BYTES if how[1] else 0
-    return max(found.training + slab - 4 * its.trainable, found.evaluation)
+    gradients = work(replace(given, architectures=(its,)), 1, 1, 1, 2 if how[0].low else 0, False).gradients
+    return max(found.training + slab - gradients, found.evaluation)
 
 
 def _taken_by_images(

@@ -249,12 +249,12 @@ def _memory(made: Subject, step: Operators | None) -> Iterator[Memory]:
     engine, gpu = made.engine, made.device.type == "cuda"
     here: Any = "device" if gpu else "host"
     layouts = [engine.site.roster[client][1] for client in engine.site.roster]
-    share = sum(4 * layout.weights for layout in layouts) / sum(layout.size for layout in layouts)
+    share = sum(layout.optimizer for layout in layouts) / sum(layout.size for layout in layouts)
     for tier, count in engine.store.held.items():
         where: Any = "files" if tier == "file" else tier
         if count:
             yield Memory("clients' weights and buffers", count - int(count * share), where)
-            yield Memory("clients' momentum", int(count * share), where)
+            yield Memory("clients' optimizer state", int(count * share), where)
     yield Memory("rooms of clients that train", sum(len(r.region) for lane in engine.lanes for r in lane.rooms), here)
     if step is not None:
         yield Memory("gradients and activations of one client's step, at their peak", step.peak_bytes, here)

@@ -104,7 +104,8 @@ class ReferenceEngine:
                 for part, change in zip(parts, changes, strict=False):
                     x, y = client.batch(part, change)
                     loss, hits = client.program.join(client.program.run(x), y)
-                    loss = loss * (len(part) / len(indices))
+                    if len(parts) > 1:
+                        loss = loss * (len(part) / len(indices))
                     loss.backward()
                     losses += loss.detach()
                     correct += hits

@@ -97,6 +97,19 @@ def within(ours: str, most: float, key: str = "called") -> Judge:
     return Judge((ours,), find)
 
 
+def computes(ours: Sequence[str], least: float) -> Judge:
+    """At least so many TFLOP/s, the fastest of ours."""
+
+    def find(results: Mapping[str, Rows]) -> Finding:
+        (rows,) = results.values()
+        rate = rows[_fastest(rows, ours, "called")]["tflop_per_s"]
+        if rate is None:
+            raise Unmeasured(f"{', '.join(ours)}: what is computed in a second is not known here")
+        return Finding(f"{rate:,.0f} TFLOP/s", rate >= least)
+
+    return Judge(tuple(ours), find)
+
+
 def all_beaten(ours: str, aside: Sequence[str]) -> Judge:
     """Faster than every other variant that ran, but for more of ours and those `aside`; the absent ones are named."""
 

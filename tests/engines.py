@@ -70,6 +70,24 @@ def rounds(
     return out
 
 
+def in_pieces(config: Config, run: Path, how: How, number: int, device: str = "cpu") -> Outcome:
+    """`number` rounds, with an engine of its own for each, from what the one before saved."""
+    joined, last = Outcome([], [], [], {}), None
+    for r in range(1, number + 1):
+        with engine(config, run, how, device) as made:
+            part = rounds(config, made, run, 1, r, last)
+        last = part.theta[-1]
+        writer = checkpoint.Writer(run)
+        writer.submit(r, last, {client: lambda s=state: s for client, state in part.states.items()})  # type: ignore[misc]
+        writer.wait()
+        writer.close()
+        joined.theta.extend(part.theta)
+        joined.train.extend(part.train)
+        joined.evaluated.extend(part.evaluated)
+        joined.states.update(part.states)
+    return joined
+
+
 def assert_close(ours: Outcome, theirs: Outcome, tolerance: float) -> None:
     """Every payload and state within `tolerance`, relative to its norm; losses too; counts of samples exactly."""
     for a, b in zip(ours.theta, theirs.theta, strict=True):

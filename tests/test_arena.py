@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.engine.arena import ALIGNMENT, Arena, Layout
-from fedmoe.engine.member import SGD
+from fedmoe.engine.member import SGD, AdamW
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import State
+from fedmoe.kernels.flat_optimizer import Moments
 
 LOW = torch.bfloat16
 MOMENTUM = SGD(lr=0.1, momentum=0.9, weight_decay=0.0, reset_theta=True)
@@ -156,3 +157,64 @@ def test_what_unbinds_is_noticed(unbind: object) -> None:
     unbind(model)
     with pytest.raises(AssertionError, match="no longer bound"):
         arena.check()
+
+
+ADAMW = AdamW(lr=0.1, weight_decay=0.0, reset_theta=True)
+CODED = AdamW(lr=0.1, weight_decay=0.0, reset_theta=True, bits=8)
+
+
+@pytest.mark.parametrize("rule", [ADAMW, CODED])
+def test_moments_lie_like_the_weights_and_theta_has_ranges_of_its_own(rule: AdamW) -> None:
+    layout = Layout.of(Model().program(), rule)
+    assert [part.theta for part in layout.ranges] == [True, False, True, False]  # narrow, then normalizations'
+    assert [part.start for part in layout.ranges[1:]] == [part.stop for part in layout.ranges[:-1]]
+    assert layout.ranges[0].start == 0 and layout.ranges[-1].stop == layout.weights
+    block = torch.zeros(layout.size, dtype=torch.uint8)
+    for part in layout.ranges:
+        weights, moments = layout.flat("model", block)[part.start : part.stop], layout.moments(part, block)
+        fresh = Moments.zeros(weights, rule.bits)
+        for mine, theirs in zip(moments, fresh, strict=True):
+            if theirs is not None:
+                assert mine is not None and mine.shape == theirs.shape and mine.dtype == theirs.dtype
+                assert not mine.any()  # nobody else's
+                mine.fill_(1)
+        names = [n for n in layout.trainable if part.start <= layout.entries[f"model/{n}"].offset // 4 < part.stop]
+        assert names and all((layout.entries[f"second/{n}"].of(block) == 1).all() for n in names)
+        assert all(n.startswith("shared.") == part.theta for n in names)
+    assert not layout.flat("step", block).any() and not layout.flat("model", block).any()
+    assert not any(
+        layout.entries[f"model/{n}"].of(block).any() for n in ("frozen.weight", "mask", "local.1.running_var")
+    )
+
+
+@pytest.mark.parametrize("rule", [ADAMW, CODED, MOMENTUM])
+def test_theta_begins_anew_alone(rule: SGD | AdamW) -> None:
+    layout = Layout.of(Model().program(), rule)
+    block = torch.full((layout.size,), 1, dtype=torch.uint8)
+    before = layout.unpack(block)
+    layout.reset_theta(block)
+    for name, tensor in layout.unpack(block).items():
+        kind, _, rest = name.partition("/")
+        if kind == "step":
+            assert tensor.tolist() == [before["step"][0].item(), 0]
+        elif kind.endswith("_absmax"):
+            assert (tensor == 0).tolist() == [part.theta for part in layout.ranges]  # of a block each
+        else:
+            assert tensor.any() == (kind == "model" or not rest.startswith("shared.")), name
+
+
+def test_round_trip_of_codes() -> None:
+    torch.manual_seed(0)
+    layout = Layout.of(Model().program(), CODED)
+    kept = {n: t for n, t in state(Model()).items() if n.startswith("model/")}
+    kept |= {
+        name: torch.randint(255, entry.shape).to(entry.dtype)
+        for name, entry in layout.entries.items()
+        if not name.startswith("model/")
+    }
+    block = torch.empty(layout.size, dtype=torch.uint8)
+    layout.pack(kept, block)
+    again = layout.unpack(block)
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    with pytest.raises(ValueError, match=r"'step' is torch.float32 \[1\], the client's is torch.float32 \[2\]"):
+        layout.pack(kept | {"step": torch.ones(1)}, block)

@@ -85,6 +85,36 @@ def test_is_training_alone(ragged: Config, tmp_path: Path, norm: str, policy: st
         assert all(apart(ours.states[c][name], theirs.states[c][name]) < TOLERANCE for c in moved)
 
 
+@pytest.mark.parametrize(
+    ("training", "tolerance"),
+    [
+        ({"optimizer": "adamw", "theta_momentum": "reset"}, TOLERANCE),
+        ({"optimizer": "adamw", "clip_norm": 0.1, "weight_decay": 0.1}, TOLERANCE),
+        ({"clip_norm": 0.1, "lr": 0.05}, TOLERANCE),
+        ({"optimizer": "adamw", "optimizer_states": "8bit"}, 1e-2),  # a rounding may lead to the code beside
+    ],
+)
+def test_every_optimizer(ragged: Config, tmp_path: Path, training: dict[str, Any], tolerance: float) -> None:
+    # Where gradients are near 0, eps keeps their roundings from becoming steps as long as any.
+    config = changed(ragged, training={"lr": 1e-3, "eps": 1e-5, **training})
+    run, how = begin(config, tmp_path / "run"), How(optimizer="flat")
+    ours, theirs = outcome(config, run, how=how), outcome(config, run, 1, how)
+    if "optimizer_states" not in training:
+        assert_close(ours, theirs, tolerance)
+    for client, state in theirs.states.items():
+        mine = ours.states[client]
+        assert mine.keys() == state.keys()
+        weights = [torch.cat([s[n].flatten() for n in sorted(s) if n.startswith("model/")]) for s in (mine, state)]
+        assert apart(*weights) <= tolerance
+        assert torch.equal(mine["step"], state["step"]) if "step" in state else True
+
+
+def test_clients_that_take_batches_in_parts_train_alone(ragged: Config, tmp_path: Path) -> None:
+    config = changed(ragged, training={"micro_batch": 8})
+    run, jobs = begin(config, tmp_path / "run"), jobs_of(config, 0, 1)
+    assert_same(trained(config, run, jobs, cohort=2), trained(config, run, jobs))
+
+
 @pytest.mark.parametrize("method", ["static", "local"])
 def test_controls(ragged: Config, tmp_path: Path, method: str) -> None:
     config = changed(ragged, method=method)

@@ -113,6 +113,12 @@ def test_bad_option(words: list[str], complaint: str) -> None:
         ("training", "lr", float("nan")),
         ("training", "lr", float("inf")),
         ("training", "momentum", 1.0),
+        ("training", "betas", (0.9, 1.0)),
+        ("training", "betas", (-0.1, 0.9)),
+        ("training", "betas", (0.9, float("nan"))),
+        ("training", "eps", 0.0),
+        ("training", "clip_norm", -1.0),
+        ("training", "micro_batch", -1),
         ("data", "mean", float("-inf")),
         ("run", "threads", 100_000),
         ("gate", "hidden", 2_000_000_000),
@@ -171,6 +177,14 @@ def test_settings_without_effect_are_named() -> None:
     ]
     assert ignored(changed(Config(), partition={"kind": "iid", "alpha": 2.0})) == [
         'partition.alpha = 2.0 has no effect with partition.kind = "iid"'
+    ]
+    assert ignored(changed(Config(), training={"eps": 1e-6, "optimizer_states": "8bit", "micro_batch": 64})) == [
+        'training.eps = 1e-06 has no effect with training.optimizer = "sgd"',
+        'training.optimizer_states = 8bit has no effect with training.optimizer = "sgd"',
+        "training.micro_batch = 64 has no effect with training.batch_size = 64",
+    ]
+    assert ignored(changed(Config(), training={"optimizer": "adamw", "momentum": 0.5, "micro_batch": 63})) == [
+        'training.momentum = 0.5 has no effect with training.optimizer = "adamw"'
     ]
     assert ignored(changed(Config(), engine={"lanes": 2, "graphs": "off"})) == []
     assert ignored(changed(Config(), engine={"kind": "reference", "lanes": 2, "graphs": "off"})) == [

@@ -15,7 +15,7 @@ from fedmoe.engine.rooms import Room
 from fedmoe.engine.seam import Interrupted, Job, Refused
 from fedmoe.engine.step import How, Step
 from fedmoe.reference import ReferenceEngine
-from tests.engines import Outcome, assert_close, assert_same, engine, rounds
+from tests.engines import Outcome, assert_close, assert_same, engine, in_pieces, rounds
 from tests.support import begin, changed, theta, unequal
 from tests.synchronization import NoSynchronization
 
@@ -120,30 +120,11 @@ def test_a_resumed_fp16_run_is_the_uninterrupted_one(config: Config, tmp_path: P
 
 def test_deterministic_runs_are_bit_identical_and_so_is_a_resumed_one(ragged: Config, tmp_path: Path) -> None:
     """Three rounds at once, and again with an engine of its own for each round, from what the one before saved."""
-    from fedmoe.checkpoint import Writer
-
     config = changed(ragged, run={"deterministic": True})
     run = begin(config, tmp_path / "run")
     whole = outcome(config, run, How())
     assert_same(outcome(config, run, How()), whole)
-    parts: list[Outcome] = []
-    last = None
-    for number in (1, 2, 3):
-        with engine(config, run, How()) as made:
-            part = rounds(config, made, run, 1, number, last)
-        last = part.theta[-1]
-        writer = Writer(run)
-        writer.submit(number, last, {client: lambda s=state: s for client, state in part.states.items()})  # type: ignore[misc]
-        writer.wait()
-        writer.close()
-        parts.append(part)
-    joined = Outcome([], [], [], {})
-    for part in parts:
-        joined.theta.extend(part.theta)
-        joined.train.extend(part.train)
-        joined.evaluated.extend(part.evaluated)
-        joined.states.update(part.states)
-    assert_same(joined, whole)
+    assert_same(in_pieces(config, run, How(), 3), whole)
 
 
 def test_dropout_is_seeded_as_in_the_plain_loop(config: Config, tmp_path: Path) -> None:
@@ -209,10 +190,12 @@ def test_a_payload_that_does_not_fit_is_refused(config: Config, tmp_path: Path) 
         list(made.run("train", [Job(0, 1, bad, {"epochs": 1})]))
 
 
+@pytest.mark.parametrize("training", [{}, {"optimizer": "adamw", "clip_norm": 1.0}])
 @pytest.mark.parametrize("how", [How(), How(optimizer="flat"), How(precision="fp16", optimizer="flat")])
 def test_no_step_waits_for_the_device(
-    config: Config, tmp_path: Path, how: How, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, how: How, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = changed(config, training=training)
     run = begin(config, tmp_path / "run")
     take, planted = Step._take, [False]
 
@@ -291,11 +274,12 @@ PARTS = {"torch": PLAIN, "flat": replace(PLAIN, optimizer="flat")} | {
 }
 
 
-@pytest.mark.parametrize("how", PARTS)
+@pytest.mark.parametrize(("how", "micro_batch"), [*((how, 0) for how in PARTS), ("torch", 8), ("flat, bf16", 8)])
 def test_out_of_memory_halves_the_batches_parts(
-    config: Config, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, how: str, micro_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device that has memory for 6 samples at a time: batches of 16 are taken in four parts, with the same result."""
+    config = changed(config, training={"micro_batch": micro_batch})
     run = begin(config, tmp_path / "run")
     expected = outcome(config, run, PARTS[how])
     limited = steps.branches

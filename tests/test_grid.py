@@ -165,6 +165,12 @@ def test_shown_values_are_parsed_again(value: Any) -> None:
     assert configfile.parse(name[type(value)], configfile.shown(value)) == value
 
 
+def test_shown_numbers_are_parsed_again() -> None:
+    assert configfile.parse("training.betas", configfile.shown((0.8, 0.95))) == (0.8, 0.95)
+    with pytest.raises(UserError, match=r"training.betas is \[0.8, 'x'\], must be a list of two numbers"):
+        configfile.parse("training.betas", "0.8+x")
+
+
 def test_effective_configurations_are_equal_where_the_numbers_must_be() -> None:
     local = changed(Config(), method="local", gate={"norm": "paper"}, training={"theta_momentum": "keep"})
     assert meaning.effective(local) == replace(Config(), method="local")

@@ -84,6 +84,18 @@ def test_optimizer_wanted() -> None:
             plan(Wanted(optimizer="apex"), FIVE, device)
 
 
+def test_optimizers_of_adamw() -> None:
+    adamw, coded = replace(FIVE, optimizer="adamw"), replace(FIVE, optimizer="8-bit adamw")
+    assert [decide(device, adamw).optimizer for device in (CARD, OLD, CPU)] == ["flat", "torch", "torch"]
+    for device in (CARD, OLD, CPU):
+        assert decide(device, coded).optimizer == decide(device, coded, optimizer="flat").optimizer == "flat"
+        for wanted in ("torch", "apex"):
+            made, warning = refused(replace(device, no_apex=""), coded, optimizer=wanted)
+            assert made.optimizer == "flat" and f"engine.optimizer = {wanted} cannot be had: training.opt" in warning
+        made, warning = refused(replace(device, no_apex=""), adamw, optimizer="apex")
+        assert made.optimizer == ("flat" if device is CARD else "torch") and "its AdamW counts steps" in warning
+
+
 @pytest.mark.parametrize("name", ["streams", "graphs"])
 def test_switches(name: str) -> None:
     assert getattr(decide(CARD, **{name: "on"}), name) is True

@@ -77,7 +77,7 @@ def test_states_that_go_to_files_are_counted(small: Config, tmp_path: Path) -> N
     found = profiled(changed(small, engine={"host_memory_mb": 1}), tmp_path / "out")
     moved = found["transfers"]["bytes"]
     assert moved["file in"] > 0 and moved["file out"] > 0
-    assert ("clients' momentum", "files") in {(m["what"], m["where"]) for m in found["memory"]}
+    assert ("clients' optimizer state", "files") in {(m["what"], m["where"]) for m in found["memory"]}
 
 
 def test_a_slow_data_path_is_named(small: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
