@@ -13,6 +13,9 @@ from fedmoe.engine.seeds import generator
 from fedmoe.kernels import robust
 from fedmoe.kernels.averaging import RunningMean
 
+MOST_SAMPLES = 2**53
+"""What fp64 counts to one by one: no sum of such weights, nor of fp32 numbers so weighted, is beyond its range."""
+
 
 class Server:
     """Holds theta, {"theta": fp32 [P]} or, if nothing is shared, {}; decides who trains it."""
@@ -88,8 +91,8 @@ def unfit(result: Result, schema: Schema) -> str:
     """Why a result cannot count: its shape, dtype or numbers; empty if it can."""
     if broken := violations(result.payload, schema):
         return "; ".join(broken)
-    if not (math.isfinite(result.weight) and result.weight >= 0):
-        return f"its weight is {result.weight}, must be finite and not negative"
+    if not 0 <= result.weight <= MOST_SAMPLES:  # nor NaN
+        return f"its weight is {result.weight}, must be a number of samples, from 0 to 2^53"
     for name, value in result.metrics.items():
         if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
             return f"its {name} is {value}, must be finite"

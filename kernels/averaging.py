@@ -24,7 +24,7 @@ def weighted_mean(
     `out` may be one of the updates. Raises ValueError, naming both values, where counts or shapes differ or the
     weights have no positive finite sum.
     """
-    _check(updates, weights, out)
+    check_weighted("weighted_mean", updates, weights, out=out)
     mean = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
     total = 0.0
     for update, weight in zip(updates, weights, strict=True):
@@ -44,7 +44,7 @@ def weighted_mean_native(
     Raises ValueError as `weighted_mean` does, and with the reason of `weighted_mean_native_supported` where that
     says no. `out` may be one of the updates, but may not overlap one partly.
     """
-    _check(updates, weights, out)
+    check_weighted("weighted_mean", updates, weights, out=out)
     extension = native.extension("weighted_mean_native", updates, out)
     if out is None:
         out = torch.empty_like(updates[0], dtype=torch.float32, requires_grad=False)
@@ -97,13 +97,9 @@ def put(result: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _add(sums: Tensor, update: Tensor, weight: float) -> None:
-    # Product and sum apart: `add_(…, alpha=weight)` fuses them where the CPU can, so its bits depend on the CPU.
-    sums += update.double() * weight
-
-
-def _check(updates: Sequence[Tensor], weights: Sequence[float], out: Tensor | None) -> None:
-    native.check("weighted_mean", updates, out)
+def check_weighted(caller: str, updates: Sequence[Tensor], weights: Sequence[float], **others: Tensor | None) -> None:
+    """Raise ValueError, naming both values, unless shapes are equal and weights as many, of a positive finite sum."""
+    native.check(caller, updates, **others)
     if len(updates) != len(weights):
         raise ValueError(f"{len(updates)} updates, but {len(weights)} weights")
     for k, weight in enumerate(weights):
@@ -111,3 +107,8 @@ def _check(updates: Sequence[Tensor], weights: Sequence[float], out: Tensor | No
             raise ValueError(f"weights[{k}] is {weight}, expected finite and not negative")
     if not 0 < (total := sum(weights)) < math.inf:
         raise ValueError(f"the {len(weights)} weights sum to {total}, expected positive and finite")
+
+
+def _add(sums: Tensor, update: Tensor, weight: float) -> None:
+    # Product and sum apart: `add_(…, alpha=weight)` fuses them where the CPU can, so its bits depend on the CPU.
+    sums += update.double() * float(weight)

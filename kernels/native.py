@@ -29,6 +29,8 @@ def supported(tensors: Sequence[Tensor]) -> tuple[bool, str]:
             return False, f"tensor {k} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
         if not tensor.is_contiguous():
             return False, f"tensor {k} is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        if tensor.data_ptr() % tensor.itemsize:
+            return False, f"tensor {k} begins at an address that is not a multiple of its {tensor.itemsize} bytes"
     return True, ""
 
 
@@ -49,13 +51,13 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def check(caller: str, updates: Sequence[Tensor], out: Tensor | None = None) -> None:
-    """Raise ValueError, naming both values, unless there are updates [P] and all shapes are equal."""
+def check(caller: str, updates: Sequence[Tensor], **others: Tensor | None) -> None:
+    """Raise ValueError, naming both values, unless there are updates [P] and all shapes, the others' too, are equal."""
     if not updates:
         raise ValueError(f"{caller} needs at least one update, got 0")
     shape = updates[0].shape
     if len(shape) != 1:
         raise ValueError(f"updates[0] has shape {tuple(shape)}, expected one dimension")
-    for name, tensor in [*((f"updates[{k}]", update) for k, update in enumerate(updates)), ("out", out)]:
+    for name, tensor in [*((f"updates[{k}]", update) for k, update in enumerate(updates)), *others.items()]:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, updates[0] has {tuple(shape)}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmoe.kernels import native
-from fedmoe.kernels.averaging import put, weighted_mean, weighted_mean_native
+from fedmoe.kernels.averaging import check_weighted, put, weighted_mean, weighted_mean_native
 
 robust_native_supported = native.supported
 
@@ -27,9 +27,9 @@ def median(
 
     Rounded to fp32 (default), and that to the dtype of `out`. Raises ValueError where shapes differ.
     """
-    native.check("median", updates, out)
+    native.check("median", updates, out=out)
     ordered = torch.stack([update.detach().float() for update in updates]).sort(0).values
-    low, high = ordered[(len(updates) - 1) // 2], ordered[len(updates) // 2]
+    low, high = ordered[(len(updates) - 1) // 2] + 0.0, ordered[len(updates) // 2] + 0.0  # no zero is negative
     middle = torch.where(low == high, low.double(), (low.double() + high.double()) / 2)
     return middle.float() if out is None else put(middle, out)
 
@@ -49,7 +49,7 @@ def trimmed_mean(
     _check_trim(updates, trim, out)
     stacked = torch.stack([update.detach().float() for update in updates])
     ordered = stacked.sort(0).values
-    low, high = ordered[trim], ordered[count - 1 - trim]
+    low, high = ordered[trim] + 0.0, ordered[count - 1 - trim] + 0.0
     # The highest may be NaN, which compares with nothing.
     inside = (stacked > low) & (stacked.lt(high) | (high.isnan() & ~stacked.isnan()))
     total = torch.zeros_like(low, dtype=torch.float64)
@@ -67,7 +67,7 @@ def squared_norms(
     center: Tensor,  # [P]
 ) -> list[float]:
     """‖x_k − c‖² of each update, in fp64."""
-    native.check("squared_norms", [center, *updates])
+    native.check("squared_norms", updates, center=center)
     return [float((update.detach().double() - center.detach().double()).square().sum()) for update in updates]
 
 
@@ -83,7 +83,7 @@ def squared_distances(updates: Sequence[Tensor]) -> Tensor:  # fp64 [K, K]
 
 def median_native(updates: Sequence[Tensor], out: Tensor | None = None) -> Tensor:  # [P]
     """`median` in C++, the same number, for contiguous updates of one dtype on the CPU; `out` may be one of them."""
-    native.check("median", updates, out)
+    native.check("median", updates, out=out)
     return _into(out, "median_native", updates, "median")
 
 
@@ -95,7 +95,7 @@ def trimmed_mean_native(updates: Sequence[Tensor], trim: int, out: Tensor | None
 
 def squared_norms_native(updates: Sequence[Tensor], center: Tensor) -> list[float]:
     """`squared_norms` in C++, summed in another order; `center` is of the updates' dtype."""
-    native.check("squared_norms", [center, *updates])
+    native.check("squared_norms", updates, center=center)
     extension = native.extension("squared_norms_native", [*updates, center])
     found: list[float] = extension.squared_norms([u.detach() for u in updates], center.detach(), native.threads())
     return found
@@ -121,8 +121,9 @@ def clipped_mean(
 
     Without a norm it is `factor` times the median of ‖x_k − c‖. Computed as the weighted mean of the updates, with the
     weights w_k s_k for scales s_k, and of c, with what is left of the weights; native where it can be. Raises
-    ValueError where shapes differ or a norm is not finite.
+    ValueError as `weighted_mean` does, and where ‖x_k − c‖ is not finite, or the norm is negative or NaN.
     """
+    check_weighted("clipped_mean", updates, weights, center=center)
     together = [*updates, center]
     fast = _fast(together)
     norms = [math.sqrt(square) for square in (squared_norms_native if fast else squared_norms)(updates, center)]
@@ -130,6 +131,8 @@ def clipped_mean(
         if not math.isfinite(length):
             raise ValueError(f"updates[{k}] is at the distance {length} from the center, expected finite")
     most = factor * statistics.median(norms) if norm is None else norm
+    if not most >= 0:
+        raise ValueError(f"the norm to clip to is {most}, expected 0 or more")
     scales = [most / length if length > most else 1.0 for length in norms]
     left = math.fsum(weight * (1 - scale) for weight, scale in zip(weights, scales, strict=True))
     shares = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
@@ -144,9 +147,11 @@ def krum(
     """The m updates of the lowest Krum score, ascending by place: Σ ‖x_k − x_l‖² over the K − f − 2 nearest others.
 
     Among equal scores the first counts as the lowest. Native where it can be. Raises ValueError where shapes differ,
-    or there are too few updates, naming the numbers.
+    f is negative, or there are too few updates, naming the numbers.
     """
     count = len(updates)
+    if byzantine < 0:
+        raise ValueError(f"byzantine is {byzantine}, expected 0 or more")
     if count < 2 * byzantine + 3:
         raise ValueError(f"krum needs 2 * {byzantine} + 3 = {2 * byzantine + 3} updates, got {count}")
     if not 1 <= chosen <= count:
@@ -170,6 +175,6 @@ def _into(out: Tensor | None, caller: str, updates: Sequence[Tensor], rule: str,
 
 
 def _check_trim(updates: Sequence[Tensor], trim: int, out: Tensor | None) -> None:
-    native.check("trimmed_mean", updates, out)
+    native.check("trimmed_mean", updates, out=out)
     if not 0 <= 2 * trim < len(updates):
         raise ValueError(f"trim is {trim}, must leave some of {len(updates)} updates")

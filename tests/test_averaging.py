@@ -163,6 +163,11 @@ def test_a_client_of_weight_zero_does_not_count(mean: Mean) -> None:
 
 
 @pytest.mark.parametrize("mean", BOTH)
+def test_weights_beyond_64_bits_count(mean: Mean) -> None:
+    assert mean([torch.ones(2), torch.zeros(2)], [2**70, 3 * 2**70]).tolist() == [0.25] * 2
+
+
+@pytest.mark.parametrize("mean", BOTH)
 def test_parameters_are_averaged_without_gradient(mean: Mean) -> None:
     updates = [torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)]
     out = torch.empty(3, requires_grad=True)
@@ -200,6 +205,10 @@ def test_errors_name_both_values(mean: Mean, arguments: tuple[Any, ...], message
         ),
         (torch.ones(8)[::2], "tensor 1 is not contiguous: shape (4,), strides (2,)"),
         (torch.ones(4, device="meta"), "tensor 1 is on meta, not cpu"),
+        (
+            torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1),
+            "tensor 1 begins at an address that is not a multiple of its 4 bytes",
+        ),
     ],
 )
 def test_unsupported_tensors_are_refused_with_the_reason(tensor: Tensor, reason: str) -> None:

@@ -20,6 +20,7 @@ ONES = np.ones(3, np.float32)
 PAGE = np.zeros(64, np.float32)
 READ_ONLY = np.ones(3, np.float32)
 READ_ONLY.flags.writeable = False
+MISALIGNED = np.zeros(13, np.uint8)[1:].view(np.float32)
 
 
 def extension() -> Any:
@@ -35,6 +36,8 @@ def extension() -> Any:
         (ONES, [ONES, np.ones(3, np.float16)], [1.0, 1.0], "updates[1] is float16, updates[0] is float32"),
         (ONES, [np.ones(6, np.float32)[::2]], [1.0], "updates[0] has stride 2, expected 1"),
         (ONES, [np.ones(3, np.float32)[::-1]], [1.0], "updates[0] has stride -1, expected 1"),
+        (ONES, [MISALIGNED], [1.0], "updates[0] begins at an address that is not a multiple of its 4 bytes"),
+        (MISALIGNED, [ONES], [1.0], "out begins at an address that is not a multiple of its 4 bytes"),
         (ONES, [np.ones((3, 3), np.float32)], [1.0], "updates[0] has 2 dimensions, expected 1"),
         (ONES, [np.float32(1.0).reshape(())], [1.0], "updates[0] has 0 dimensions, expected 1"),
         (np.ones(2, np.float32), [ONES], [1.0], "out has 2 elements, expected 3"),

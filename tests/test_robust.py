@@ -39,7 +39,9 @@ def drawn(count: int, size: int, seed: int = 0, special: bool = False) -> list[T
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+    """NaN where the other is, and elsewhere the same bits, a zero's sign among them."""
+    a, b = ours.nan_to_num(7), theirs.nan_to_num(7)
+    return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 @pytest.mark.parametrize("rule", MEDIANS)
@@ -150,6 +152,23 @@ def test_clipped_mean_is_its_formula_and_bounds_what_one_can_do() -> None:
         clipped_mean([center, center + math.inf], [1.0, 1.0], center)
 
 
+@pytest.mark.parametrize(
+    ("updates", "weights", "arguments", "message"),
+    [
+        ([], [], (), "clipped_mean needs at least one update, got 0"),
+        ([torch.ones(2)] * 2, [1.0], (), "2 updates, but 1 weights"),
+        ([torch.ones(2), torch.ones(3)], [1.0, 1.0], (), "updates[1] has shape (3,), updates[0] has (2,)"),
+        ([torch.ones(3)], [1.0], (), "center has shape (2,), updates[0] has (3,)"),
+        ([torch.ones(2)], [math.nan], (), "weights[0] is nan"),
+        ([torch.ones(2)], [1.0], (math.nan,), "the norm to clip to is nan, expected 0 or more"),
+        ([torch.ones(2)], [1.0], (None, -1.0), "the norm to clip to is -1.41"),
+    ],
+)
+def test_clipped_mean_names_what_does_not_fit(updates: Any, weights: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        clipped_mean(updates, weights, torch.zeros(2), *arguments)
+
+
 def test_krum_is_its_formula() -> None:
     updates = drawn(9, 40, seed=3)
     for f in (0, 1, 2, 3):
@@ -169,6 +188,8 @@ def test_krum_takes_none_of_f_that_are_far_off_or_the_first_of_equals() -> None:
     assert krum([torch.ones(3)] * 5, 1, 2) == [0, 1]
     with pytest.raises(ValueError, match=re.escape("krum needs 2 * 2 + 3 = 7 updates, got 6")):
         krum(updates[:6], 2)
+    with pytest.raises(ValueError, match="byzantine is -1, expected 0 or more"):
+        krum(updates, -1)
     with pytest.raises(ValueError, match="cannot choose 10 of 9 updates"):
         krum(updates, 1, 10)
 

@@ -1,4 +1,4 @@
-"""The server samples the stated number of clients checks what comes back, and aggregates it by the stated rule."""
+"""The server samples the stated number of clients, checks what comes back, and aggregates it by the stated rule."""
 
 import math
 import typing
@@ -109,8 +109,10 @@ def test_weight_0_and_what_is_unfit_are_left_out(aggregation: str) -> None:
             replace(first, payload={"theta": torch.tensor([1, -math.inf, 2, 3])}),
             "1 of the 4 numbers of 'theta' are not finite",
         ),
-        (replace(first, weight=math.nan), "its weight is nan, must be finite and not negative"),
-        (replace(first, weight=-1.0), "its weight is -1.0, must be finite and not negative"),
+        (replace(first, weight=math.nan), "its weight is nan, must be a number of samples, from 0 to 2^53"),
+        (replace(first, weight=-1.0), "its weight is -1.0, must be a number of samples, from 0 to 2^53"),
+        # Finite, but its product with a finite theta_k is not, nor is the sum of two such.
+        (replace(first, weight=1e308), "its weight is 1e+308, must be a number of samples, from 0 to 2^53"),
         (replace(first, metrics={"loss": math.inf}), "its loss is inf, must be finite"),
     ):
         arrivals = Arrivals(rule, {"theta": torch.zeros(4)})

@@ -17,7 +17,7 @@ __device__ inline std::int32_t key(float x) {
   return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : flip(bits);
 }
 
-__device__ inline float number(std::int32_t key) { return __int_as_float(flip(key)); }
+__device__ inline float number(std::int32_t key) { return __int_as_float(flip(key)) + 0.0f; }
 
 // Product and sum rounded apart, as on the host.
 __global__ void mean(float* out, const float* const* updates, const double* weights, std::size_t clients,
@@ -112,10 +112,15 @@ struct Room {
     if (cudaError_t error = cudaMalloc(&weights, clients * sizeof(double))) return error;
     std::vector<const float*> own(clients);
     for (std::size_t k = 0; k < clients; ++k) own[k] = chunks + k * chunk;
-    if (cudaError_t error = cudaMemcpy(addresses, own.data(), clients * sizeof(float*), cudaMemcpyHostToDevice))
+    // On this stream, which waits for no other: cudaMemcpy of pageable memory may return before the device has it.
+    if (cudaError_t error =
+            cudaMemcpyAsync(addresses, own.data(), clients * sizeof(float*), cudaMemcpyHostToDevice, stream))
       return error;
-    if (!host_weights) return cudaSuccess;
-    return cudaMemcpy(weights, host_weights, clients * sizeof(double), cudaMemcpyHostToDevice);
+    if (host_weights)
+      if (cudaError_t error =
+              cudaMemcpyAsync(weights, host_weights, clients * sizeof(double), cudaMemcpyHostToDevice, stream))
+        return error;
+    return cudaStreamSynchronize(stream);
   }
 
   ~Room() {
@@ -162,7 +167,9 @@ const char* aggregate_on_device(Rule rule, float* out, const float* const* updat
 
 const char* aggregate_paged(Rule rule, float* out, const float* const* updates, const double* weights,
                             std::size_t clients, std::size_t trim, std::size_t size, std::size_t chunk) {
-  const cudaError_t error = paged(rule, out, updates, weights, clients, trim, size, std::max<std::size_t>(chunk, 1));
+  if (size == 0) return nullptr;
+  const cudaError_t error =
+      paged(rule, out, updates, weights, clients, trim, size, std::clamp<std::size_t>(chunk, 1, size));
   return error ? cudaGetErrorString(error) : nullptr;
 }
 

@@ -133,7 +133,8 @@ inline std::int32_t key(float x) {
   return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : flip(bits);
 }
 
-inline float number(std::int32_t key) { return __builtin_bit_cast(float, flip(key)); }
+// A zero comes out as 0, whatever its sign, as it does of a sum.
+inline float number(std::int32_t key) { return __builtin_bit_cast(float, flip(key)) + 0.0f; }
 
 template <class Type>
 void row(std::int32_t* keys, const void* input, std::size_t start, std::size_t count) {
