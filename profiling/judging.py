@@ -102,7 +102,7 @@ def computes(ours: Sequence[str], least: float) -> Judge:
 
     def find(results: Mapping[str, Rows]) -> Finding:
         (rows,) = results.values()
-        rate = rows[_fastest(rows, ours, "called")]["tflop_per_s"]
+        rate = rows[_fastest(rows, ours, "called")].get("tflop_per_s")
         if rate is None:
             raise Unmeasured(f"{', '.join(ours)}: what is computed in a second is not known here")
         return Finding(f"{rate:,.0f} TFLOP/s", rate >= least)

@@ -72,6 +72,12 @@ CASES: list[tuple[str, str, Seconds, Seconds]] = [
         {"start and first rounds, to an evaluation": 10.0, "rounds, to the next evaluation": 1.0},
         {"start and first rounds, to an evaluation": 11.1, "rounds, to the next evaluation": 1.0},
     ),
+    (
+        "large client",
+        "3%",
+        {"engine": 1.02, "transformers alone, autocast": 1, "transformers alone, all bf16": 1.5},
+        {"engine": 1.02, "transformers alone, autocast": 1, "transformers alone, all bf16": 0.9},
+    ),
     ("two streams", "1.6×", {"two streams": 1, "one stream": 1.61}, {"two streams": 1, "one stream": 1.59}),
     ("paging", "90%", {"ours": 1, "bare copies": 0.91}, {"ours": 1, "bare copies": 0.89}),
     (
@@ -166,6 +172,14 @@ def test_number_decides(what: str, number: str, reaching: Seconds, missing: Seco
         assert re.match(r"-?\d", made["figure"])
 
 
+def test_rate_decides() -> None:
+    target = found("large client", "MFU")
+    for rate, expected in ((495.0, "reached"), (494.0, "missed")):
+        assert verdict(target, ran(target, [timed("engine", 1.0, tflop_per_s=rate)]))["verdict"] == expected
+    unknown = verdict(target, ran(target, [timed("engine", 1.0, tflop_per_s=None)]))
+    assert unknown["why"] == "engine: what is computed in a second is not known here"
+
+
 def test_memory_decides() -> None:
     target = found("vocabulary head", "1.3 GB")
     for count, expected in ((1_300_000_000, "reached"), (1_300_000_001, "missed")):
@@ -175,7 +189,8 @@ def test_memory_decides() -> None:
 
 def test_every_judge_has_a_case() -> None:
     judges = {id(target) for target in TARGETS if isinstance(target.judge, Judge)}
-    cases = {id(found(what, number)) for what, number, _, _ in CASES} | {id(found("vocabulary head", "1.3 GB"))}
+    others = found("vocabulary head", "1.3 GB"), found("large client", "MFU")
+    cases = {id(found(what, number)) for what, number, _, _ in CASES} | set(map(id, others))
     assert judges == cases
 
 
@@ -272,7 +287,6 @@ def test_what_counts_elsewhere_is_listed_with_the_reason() -> None:
     on_gpu, on_cpu = found("class head", "9 µs"), found("whole round", "0.95×")
     assert verdict(on_gpu, [], "cpu")["why"] == "not measurable here: needs a GPU"
     assert verdict(on_cpu, [], "cuda")["why"].startswith("not measurable here: needs a machine without a GPU")
-    assert verdict(found("large client", "MFU"), [], "cuda")["why"] == "no benchmark trains a language model yet"
     assert {made["verdict"] for made in judged("cpu", [])} == {"not measured"} and all(
         made["why"] for made in judged("cpu", [])
     )
