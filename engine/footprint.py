@@ -52,7 +52,7 @@ def footprint(
         with Live() as training:
             step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
             step.begin()
-            for _ in step.epoch(torch.zeros(2, batch, dtype=torch.int64)):
+            for _ in step.epoch(torch.zeros(1, batch, dtype=torch.int64)):
                 pass
         step.optimizer.clear()
         with Live() as evaluation:

@@ -24,7 +24,8 @@ def pretended(modules: M) -> Iterator[M]:
     with FakeTensorMode() as mode:
         made: dict[int, Any] = {}
         for tensor, detached in zip(tensors, plain, strict=True):
-            fake = mode.from_tensor(detached)
+            # Of a model that has no memory to begin with, as if it had.
+            fake = torch.empty(detached.shape, dtype=detached.dtype) if detached.is_meta else mode.from_tensor(detached)
             parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if parameter else fake
         yield copy.deepcopy(modules, made)

@@ -161,7 +161,7 @@ def _parser() -> Parser:
     suites = "kernels, engine, federation, aggregation; or acceptance: what the targets are measured by, with verdicts"
     bench.add_argument("suite", nargs="?", metavar="SUITE", help=f"only this suite: {suites}")
     bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
-    budget = "leave out what does not fit into so many seconds (acceptance: 480 unless given)"
+    budget = "leave out what does not fit into so many seconds (acceptance: 565 unless given)"
     bench.add_argument("--budget-seconds", type=float, metavar="N", help=budget)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure and the environment there")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")

@@ -54,9 +54,8 @@ def check_name(name: str) -> None:
 
 
 def width(extractor: nn.Module, shape: tuple[int, ...]) -> int:
-    """D, the width of `extractor`'s representation, found by running it on two blank images, or two tokens."""
-    blank = torch.zeros(2, *shape) if len(shape) > 1 else torch.zeros(2, 1, dtype=torch.int64)
-    return _probe(extractor, blank).shape[-1]
+    """D, the width of `extractor`'s representation, found by running it on two blank images."""
+    return _probe(extractor, torch.zeros(2, *shape)).shape[-1]
 
 
 def reason(error: BaseException) -> str:

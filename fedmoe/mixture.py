@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,13 @@ class Mixture(nn.Module):
         if not hasattr(self, SHARED):
             return {"local": self.local_expert}
         shared = self._adapted if hasattr(self, "adapter") else self.global_expert
-        gate = self._token_gate if hasattr(self.local_expert, "embed") else self.gate
+        gate = self._token_gate if isinstance(self.local_expert, Body) else self.gate
         return {"global": shared, "local": self.local_expert, "gate": gate}
 
     def _token_gate(self, tokens: Tensor) -> Tensor:
+        assert isinstance(self.local_expert, Body)
         # A frozen local expert may be in low precision, which the gate is not.
-        out: Tensor = self.gate(_embedded(self.local_expert, tokens).detach().float())
+        out: Tensor = self.gate(self.local_expert.embed(tokens).detach().float())
         return out
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def build(config: Config, client: int, shape: tuple[int, ...], outputs: int) -> 
     if config.method == "local":
         return Mixture(None, local, None, _head(config))
     shared = build_global(config, shape, outputs)
-    ours, theirs = experts.width(local.extractor, shape), experts.width(shared, shape)
+    ours, theirs = _width(local.extractor, shape), _width(shared, shape)
     adapter = None
     if ours != theirs:
         if config.model.adapter == "none":
@@ -315,14 +316,13 @@ def _expert(model: Model, name: str, shape: tuple[int, ...], outputs: int) -> ex
 def _gate(config: settings.Gate, local: experts.Split | Language, shape: tuple[int, ...]) -> nn.Module:
     if len(shape) > 1:
         return Gate(math.prod(shape), config.hidden, config.norm)
-    width = _embedded(local.extractor, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
-    return TokenGate(width, config.hidden, config.norm)
+    assert isinstance(local, Language)
+    return TokenGate(local.extractor.embedding_width, config.hidden, config.norm)
 
 
-def _embedded(extractor: nn.Module, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, E]
-    embed: Any = extractor.embed
-    out: Tensor = embed(tokens)
-    return out
+def _width(extractor: nn.Module, shape: tuple[int, ...]) -> int:
+    """D."""
+    return extractor.width if isinstance(extractor, Body) else experts.width(extractor, shape)
 
 
 def _only_linear(header: nn.Linear) -> bool:

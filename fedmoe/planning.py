@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import torch
@@ -12,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmoe import engines, meaning, mixture, optimizer, partition
+from fedmoe import engines, experts, meaning, mixture, optimizer, partition
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
@@ -91,7 +92,9 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
     """
     n, t, made = config.federation.clients, config.training, {}
     for first, name in enumerate(config.model.local[:n]):
-        model = made[name] = mixture.build(config, first, dataset.shape, dataset.outputs)
+        # Language models, which may be large, are known without their weights.
+        with torch.device("meta") if config.data.kind == "text" else nullcontext():
+            model = made[name] = mixture.build(config, first, dataset.shape, dataset.outputs)
         owners = range(first, n, len(config.model.local))
         smallest, largest = (of(owners, key=lambda client: len(split.train(client))) for of in (min, max))
         batch, most = (min(t.batch_size, len(split.train(client))) for client in (smallest, largest))
@@ -100,7 +103,8 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
                 f"training.micro_batch is {t.micro_batch}, but with model {name!r} {norm} takes statistics of whole "
                 f"batches, of {most}: set it to 0, or choose other norms"
             )
-        mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
+        if config.data.kind != "text" or config.engine.kind == "reference":  # else finding its memory is a rehearsal
+            mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
     unused = not any(hasattr(model, "adapter") for model in made.values())
     if config.model.adapter != "none" and config.method != "local" and unused:
         warn(f"model.adapter = {config.model.adapter} has no effect where all experts are of one width")
@@ -178,6 +182,8 @@ def _taken_by_text(
             given.evaluation_batch,
             config.training.micro_batch,
         )
+    except Exception as error:  # whatever a library's model raises
+        raise UserError(f"model {its.name!r}: a step cannot be taken: {experts.reason(error)}") from error
     finally:
         model.head = was
     # While the fused head works, besides what it gives.

@@ -28,7 +28,7 @@ class Body(nn.Module):
 
     def __init__(self, whole: "PreTrainedModel") -> None:
         super().__init__()
-        self.body = whole.base_model
+        self.body: Any = whole.base_model
         self._whole: list[Any] = [whole]  # in a list, so that its head is no part of this module
 
     @property
@@ -41,9 +41,23 @@ class Body(nn.Module):
         """Let go of the head, of which a global expert has no use."""
         self._whole = [self.whole.base_model]
 
+    @property
+    def width(self) -> int:
+        """D."""
+        width: int = self.body.config.get_text_config().hidden_size
+        return width
+
+    @property
+    def embedding_width(self) -> int:
+        """E."""
+        embeddings: Any = self.whole.get_input_embeddings()
+        width: int = embeddings.weight.shape[1]
+        return width
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What the model begins with, before positions: [B, T] -> [B, T, E]."""
-        out: Tensor = self.whole.get_input_embeddings()(tokens)
+        embeddings: Any = self.whole.get_input_embeddings()
+        out: Tensor = embeddings(tokens)
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -95,13 +109,12 @@ def make(name: str, model: Model, vocabulary: int, positions: int) -> Language:
         raise UserError(
             f"model {name!r} has {most} positions, data.sequence_length is {positions}: lower it, or choose another"
         )
-    meta = torch.empty(0).device.type == "meta"
-    if model.weights == "random" or meta:
-        return split(name, fresh(config, model), model)
-    if local and not list(folder.glob("*.safetensors")):
+    if model.weights == "pretrained" and local and not list(folder.glob("*.safetensors")):
         raise UserError(
             f"model {name!r}: no safetensors in {folder}: put its weights there, or set model.weights to random"
         )
+    if model.weights == "random" or torch.empty(0).device.type == "meta":
+        return split(name, fresh(config, model), model)
     with _opening(name):
         whole, told = transformers.AutoModelForCausalLM.from_pretrained(
             source,
