@@ -113,6 +113,7 @@ class Choices:
         facts, samples, low = self.facts, self.sizes.samples, 2 if precision in ("bf16", "fp16") else 0
         free = facts.device_free if self.gpu else facts.host_available
         room = free * 4 // 5
+        self._way(low, room)
         alone = work(self.sizes, 1, 1, 1, low, self.gpu).fixed + WORKSPACE * self.gpu
         if alone > room:
             raise ValueError(
@@ -135,6 +136,35 @@ class Choices:
                 self._warn("device_memory_mb", self.wanted.device_memory_mb, self.reasons["device_bytes"], 0)
         reason = f"half of the {amount(facts.host_available)} that the host has available"
         return data, made, device_bytes, self._budget("host", self.wanted.host_memory_mb, max(0, host), half, reason)
+
+    def _way(self, low: int, room: int) -> None:
+        """Decide on the first way of taking a step that fits, or else the last; from then on, sizes are that way's."""
+        given, asked = self.sizes, self.sizes.micro_batch
+        for way in given.ways:
+            kinds = zip(given.architectures, way.activations, strict=True)
+            self.sizes = replace(
+                given,
+                micro_batch=way.micro_batch,
+                checkpointing="on" if way.checkpointing else "off",
+                architectures=tuple(replace(a, activations=count) for a, count in kinds),
+            )
+            if (taken := work(self.sizes, 1, 1, 1, low, self.gpu).total) <= room:
+                break
+        first = given if not given.ways else replace(given, architectures=self.sizes.architectures)
+        whole, chosen = self.sizes.backward == self.sizes.batch, self.sizes
+        if asked or not given.ways:
+            reason = "training.micro_batch asks for it" if asked else "a batch is taken whole"
+        elif whole:
+            reason = f"the whole batch of {chosen.batch} fits: with one client {amount(taken)} of {amount(room)}"
+        else:
+            reason = f"with more of the {first.batch} in a batch, one client does not fit in {amount(room)}"
+        self.reasons["micro_batch"] = reason
+        on = chosen.checkpointing == "on"
+        if given.checkpointing != "auto":
+            reason = f"model.activation_checkpointing = {given.checkpointing}" if given.ways else "for text alone"
+        else:
+            reason = f"without it one client does not fit in {amount(room)}" if on else "one client fits without it"
+        self.reasons["activation_checkpointing"] = reason
 
     def _data(self, room: int) -> Place:
         """On the device if the samples take a quarter of what is free; beside one client they must fit in any case."""
@@ -169,7 +199,7 @@ class Choices:
         if not self.gpu:
             most_lanes, lanes_limit = 1, "a CPU has no streams"
         if sizes.backward < sizes.batch:  # `together` has 1
-            cohort, cohort_limit = 1, f"batches are taken {sizes.micro_batch} samples at a time: training.micro_batch"
+            cohort, cohort_limit = 1, f"batches are taken {sizes.micro_batch} samples at a time"
         asked = min(w.lanes or lanes, most_lanes), min(w.cohort or cohort, most)
         # What is chosen here leaves half of the room to states; what is asked for may take it all.
         bound = room if w.lanes or w.cohort else room // 2

@@ -73,6 +73,18 @@ class Architecture:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Way:
+    """A way of taking a step, and what it takes."""
+
+    micro_batch: int
+    """Samples in a backward pass at most; 0: all of a step."""
+    checkpointing: bool
+    """Whether what is within layers is computed twice rather than kept."""
+    activations: tuple[int, ...]
+    """Bytes by architecture, as `Architecture.activations`."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Sizes:
     """The federation's."""
 
@@ -85,7 +97,11 @@ class Sizes:
     batch: int
     """Samples in a training step."""
     micro_batch: int = 0
-    """Samples in a backward pass at most; 0: all of a step."""
+    """Samples in a backward pass at most; 0: all of a step, or where there are `ways`, as the plan chooses."""
+    checkpointing: Literal["auto", "on", "off"] = "off"
+    """Activation checkpointing; "auto" leaves it to the plan."""
+    ways: tuple[Way, ...] = ()
+    """Those that the plan may choose from, the fastest first; none: as the fields say."""
     optimizer: Literal["sgd", "adamw", "8-bit adamw"] = "sgd"
     evaluation_batch: int
     """Samples in a forward pass of the evaluation."""
@@ -98,6 +114,32 @@ class Sizes:
     def backward(self) -> int:
         """Samples in a backward pass."""
         return min(self.micro_batch or self.batch, self.batch)
+
+
+CARDS = {
+    "rtx-4090": ("an RTX 4090", 24, (8, 9), 128),
+    "a100": ("an A100 80GB", 80, (8, 0), 108),
+    "h100": ("an H100", 80, (9, 0), 132),
+    "h200": ("an H200", 141, (9, 0), 132),
+}
+"""GPUs that may be planned for elsewhere: name, GB, compute capability, multiprocessors."""
+
+
+def as_if(card: str) -> Facts:
+    """The facts of this machine if it had this GPU of `CARDS`, with nothing but its driver on it, and kernels ran."""
+    name, gigabytes, capability, multiprocessors = CARDS[card]
+    host_total, host_available = host_memory()
+    return Facts(
+        device="cuda",
+        name=name,
+        device_total=gigabytes * 10**9,
+        device_free=gigabytes * 10**9 - 600 * 10**6,
+        capability=capability,
+        multiprocessors=multiprocessors,
+        host_total=host_total,
+        host_available=host_available,
+        no_apex="it is not looked for on another machine",
+    )
 
 
 def facts(device: torch.device) -> Facts:

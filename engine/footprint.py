@@ -36,11 +36,12 @@ def footprint(
     batch: int,
     evaluation_batch: int,
     micro_batch: int = 0,
+    kernels: bool = False,
 ) -> Footprint:
     """Of a client with these modules, whose program `program` makes, by the operators that run on a CPU.
 
     `samples` are such as the client's; what is in them does not matter. Nothing is computed: it takes as long for large
-    models as for small ones.
+    models as for small ones. With `kernels` the optimizer is the flat one of a GPU, which needs nothing besides.
     """
     with pretended(modules) as own, globals_kept():
         inputs = torch.empty(max(batch, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
@@ -51,6 +52,8 @@ def footprint(
         loader = Loader(few, device, resident=True)
         with Live() as training:
             step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
+            if kernels:
+                step.optimizer.step = lambda: None  # type: ignore[method-assign]
             step.begin()
             for _ in step.epoch(torch.zeros(1, batch, dtype=torch.int64)):
                 pass

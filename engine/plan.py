@@ -55,6 +55,10 @@ class Plan:
     """Budget for clients' states in device memory."""
     host_bytes: int
     """Budget for clients' states in host memory."""
+    micro_batch: int
+    """Samples in a backward pass at most, those of a step adding up; 0: the whole batch."""
+    activation_checkpointing: bool
+    """Whether what is within a language model's layers is computed twice rather than kept."""
     predicted: Predicted
     reasons: dict[str, str] = field(hash=False)
     """A sentence for each choice."""
@@ -127,6 +131,8 @@ def plan(wanted: Wanted, sizes: Sizes, facts: Facts) -> tuple[Plan, list[str]]:
         regions=work.regions,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
+        micro_batch=choices.sizes.micro_batch,
+        activation_checkpointing=choices.sizes.checkpointing == "on",
         predicted=predicted,
         reasons=choices.reasons,
     )

@@ -141,6 +141,7 @@ def _parser() -> Parser:
 
     plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
     plan.add_argument("--json", action="store_true")
+    plan.add_argument("--gpu", choices=("rtx-4090", "a100", "h100", "h200"), default="")
     plan.set_defaults(act=_plan)
 
     partition = commands.add_parser("partition", help="show what each client would get of the data", add_help=False)
@@ -182,10 +183,14 @@ def _train(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> None:
-    config = _config(rest, "plan", "Show how the engine would train a federation here, and why (`--json`: as JSON).")
+    does = (
+        "Show how the engine would train a federation here, and why. `--json`: as JSON; `--gpu NAME`: as if this "
+        "machine had that GPU (rtx-4090, a100, h100, h200)."
+    )
+    config = _config(rest, "plan", does)
     from fedmoe import planning
 
-    planning.run(config, args.json)
+    planning.run(config, args.json, args.gpu)
 
 
 def _partition(args: argparse.Namespace, rest: list[str]) -> None:

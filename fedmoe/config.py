@@ -162,8 +162,9 @@ class Model:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """How language models compute attention: by PyTorch's fused kernels, by its plain operators, or by the library
     flash-attn."""
-    activation_checkpointing: bool = False
-    """Compute what is within a language model's layers twice, rather than keep it for the backward pass."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute what is within a language model's layers twice, rather than keep it for the backward pass. `auto`: where
+    a step does not fit in memory otherwise."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -48,6 +48,11 @@ def opened(config: Config, run: Path, device: torch.device, stop: threading.Even
         )
     if plan.head == "plain":
         config = replace(config, engine=replace(config.engine, head="plain"))
+    config = replace(
+        config,
+        training=replace(config.training, micro_batch=plan.micro_batch),
+        model=replace(config.model, activation_checkpointing="on" if plan.activation_checkpointing else "off"),
+    )
     how = How(
         precision=plan.precision,
         optimizer=plan.optimizer,

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fedmoe import config as settings
@@ -299,8 +298,6 @@ def _takes(head: str, supported: Callable[..., tuple[bool, str]], *operands: Ten
     if head == "plain":
         return False
     able, why = supported(*operands)
-    if head == "fused" and isinstance(operands[0], FakeTensor):  # it is asked what would be, elsewhere
-        return True
     if head == "fused" and not able:
         raise UserError(f'engine.head is "fused", but the kernels cannot run: {why}; choose "auto" or "plain"')
     return able

@@ -20,7 +20,7 @@ from fedmoe.data import Dataset
 from fedmoe.display import Output, warn, widen
 from fedmoe.engine.choices import Choices, amount
 from fedmoe.engine.device import prepare
-from fedmoe.engine.facts import Architecture, Sizes, Wanted, facts
+from fedmoe.engine.facts import Architecture, Facts, Sizes, Wanted, Way, as_if, facts
 from fedmoe.engine.fit import work
 from fedmoe.engine.footprint import footprint
 from fedmoe.engine.member import Samples
@@ -31,17 +31,21 @@ from fedmoe.engine.step import How
 from fedmoe.errors import UserError
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
 from fedmoe.mixture import Mixture
+from fedmoe.models.hf import Body
 from fedmoe.partition import Split
 
 
-def run(config: Config, as_json: bool) -> None:
-    """Print the plan for `config` on this machine, as a table or as JSON. Raises UserError as a start of it would."""
+def run(config: Config, as_json: bool, gpu: str = "") -> None:
+    """Print the plan for `config` on this machine, as a table or as JSON; as if it had this GPU, where one is named.
+
+    Raises UserError as a start of it would.
+    """
     meaning.check(config)
     for line in meaning.ignored(config):
         warn(line)
     if config.engine.kind == "reference":
         warn('engine.kind = "reference" needs no plan; this is the one of "fast"')
-    on = device(config, config.run.threads)
+    on = as_if(gpu) if gpu else facts(device(config, config.run.threads))
     dataset = load_data(config.data, config.seed)
     split = deal(config, dataset)
     made, lines = make(config, sizes(config, dataset, split, models(config, dataset, split), on), on)
@@ -53,10 +57,10 @@ def run(config: Config, as_json: bool) -> None:
         _print(Output(), made)
 
 
-def make(config: Config, given: Sizes, device: torch.device) -> tuple[Plan, list[str]]:
-    """The plan for `config` on this device as it is now, and its warnings. UserError where there is none."""
+def make(config: Config, given: Sizes, on: Facts) -> tuple[Plan, list[str]]:
+    """The plan for `config` on such a device, and its warnings. UserError where there is none."""
     try:
-        return plan(_wanted(config), given, facts(device))
+        return plan(_wanted(config), given, on)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -111,7 +115,7 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
     return made
 
 
-def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture], device: torch.device) -> Sizes:
+def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, Mixture], on: Facts) -> Sizes:
     """What the engine's plan has to know of the federation, from the data set, the split and what `models` gives.
 
     Raises UserError as `make` does.
@@ -126,19 +130,17 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
         sampled=per_round(config),
         batch=min(t.batch_size, largest),
         micro_batch=t.micro_batch,
+        checkpointing=config.model.activation_checkpointing if config.data.kind == "text" else "off",
         optimizer={"sgd": "sgd", "adamw": "adamw" if t.optimizer_states == "fp32" else "8-bit adamw"}[t.optimizer],
         evaluation_batch=min(config.evaluation.batch_size, held_out),
         samples=dataset.inputs.nbytes + dataset.labels.nbytes,
         branches=max(len(model.branches()) for model in models.values()),
     )
-    taken = _taken_by_text if config.data.kind == "text" else _taken_by_images
-    how = _how(config, found, device)
-    return replace(
-        found,
-        architectures=tuple(
-            replace(a, activations=taken(config, models[a.name], a, found, dataset, how)) for a in found.architectures
-        ),
-    )
+    how = _how(config, found, on)
+    if config.data.kind == "text":
+        return replace(found, ways=_ways(config, models, found, dataset, how, on))
+    kinds = (replace(a, activations=_taken_by_images(models[a.name], found, dataset)) for a in found.architectures)
+    return replace(found, architectures=tuple(kinds))
 
 
 def _architecture(config: Config, name: str, clients: int, model: Mixture) -> Architecture:
@@ -155,33 +157,78 @@ def _architecture(config: Config, name: str, clients: int, model: Mixture) -> Ar
     )
 
 
-def _how(config: Config, given: Sizes, device: torch.device) -> tuple[How, bool]:
+def _how(config: Config, given: Sizes, on: Facts) -> tuple[How, bool]:
     """How a step will be taken, and whether its head is fused, as far as that does not depend on memory."""
     try:
-        choices = Choices(_wanted(config), given, facts(device))
+        choices = Choices(_wanted(config), given, on)
         precision = choices.precision()
         return How(precision=precision, optimizer=choices.optimizer(precision)), choices.head() == "fused"
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
+def _ways(
+    config: Config, models: Mapping[str, Mixture], given: Sizes, dataset: Dataset, how: tuple[How, bool], on: Facts
+) -> tuple[Way, ...]:
+    """How a step of text may be taken: whole; in ever smaller parts; and so again with activation checkpointing.
+
+    Where the whole fits on `on` the others do not matter, and are not looked at.
+    """
+    t, asked = config.training, config.model.activation_checkpointing
+    low = 2 if how[0].low else 0
+
+    def taken(batch: int, micro_batch: int, checkpointing: bool) -> tuple[int, ...]:
+        return tuple(
+            _taken_by_text(config, models[a.name], a, given, dataset, how, batch, micro_batch, checkpointing)
+            for a in given.architectures
+        )
+
+    whole = taken(given.batch, t.micro_batch, asked == "on")
+    found = [Way(micro_batch=t.micro_batch, checkpointing=asked == "on", activations=whole)]
+    if _fits(given, whole, low, on):
+        return tuple(found)
+    for checkpointing in (False, True) if asked == "auto" else (asked == "on",):
+        # Each further sample takes as much more as the third does.
+        two, three = (taken(count, 0, checkpointing) for count in (2, 3))
+        each = [b - a for a, b in zip(two, three, strict=True)]
+        parts = [given.batch >> i for i in range(given.batch.bit_length())] if not t.micro_batch else [t.micro_batch]
+        for count in parts:
+            activations = tuple(a + (count - 2) * more for a, more in zip(two, each, strict=True))
+            parted = 0 if count == given.batch else count
+            found.append(Way(micro_batch=parted, checkpointing=checkpointing, activations=activations))
+        if _fits(given, found[-1].activations, low, on):
+            break
+    return tuple(found)
+
+
+def _fits(given: Sizes, activations: tuple[int, ...], low: int, on: Facts) -> bool:
+    """Whether each kind of client can train so by itself."""
+    kinds = zip(given.architectures, activations, strict=True)
+    sized = replace(given, architectures=tuple(replace(a, activations=count) for a, count in kinds))
+    free = on.device_free if on.device == "cuda" else on.host_available
+    return work(sized, 1, 1, 1, low, on.device == "cuda").total <= free * 4 // 5
+
+
 def _taken_by_text(
-    config: Config, model: Mixture, its: Architecture, given: Sizes, dataset: Dataset, how: tuple[How, bool]
+    config: Config,
+    model: Mixture,
+    its: Architecture,
+    given: Sizes,
+    dataset: Dataset,
+    how: tuple[How, bool],
+    batch: int,
+    micro_batch: int,
+    checkpointing: bool,
 ) -> int:
     """Bytes that a step or a batch of an evaluation takes besides gradients, to the byte of what PyTorch asks for."""
     samples = Samples(dataset.inputs, dataset.labels, config.data.mean, config.data.std)
     was, model.head = model.head, "fused" if how[1] else "plain"
+    body = model.local_expert
+    assert isinstance(body, Body)
+    body.checkpoint(checkpointing)
+    rule, evaluated = optimizer.rule(config.training), given.evaluation_batch
     try:
-        found = footprint(
-            model,
-            Mixture.program,
-            samples,
-            optimizer.rule(config.training),
-            how[0],
-            given.batch,
-            given.evaluation_batch,
-            config.training.micro_batch,
-        )
+        found = footprint(model, Mixture.program, samples, rule, how[0], batch, evaluated, micro_batch, how[1])
     except Exception as error:  # whatever a library's model raises
         raise UserError(f"model {its.name!r}: a step cannot be taken: {experts.reason(error)}") from error
     finally:
@@ -192,10 +239,8 @@ def _taken_by_text(
     return max(found.training + slab - gradients, found.evaluation)
 
 
-def _taken_by_images(
-    config: Config, model: Mixture, its: Architecture, given: Sizes, dataset: Dataset, how: tuple[How, bool]
-) -> int:
-    """As `_taken_by_text`, but estimated, which costs less time: twice what the backward pass keeps of a batch.
+def _taken_by_images(model: Mixture, given: Sizes, dataset: Dataset) -> int:
+    """Likewise, but estimated, which costs less time: twice what the backward pass keeps of a batch.
 
     Gradients of activations are about as large as these; an evaluation keeps none.
     """

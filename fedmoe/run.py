@@ -17,6 +17,7 @@ from fedmoe import checkpoint, configfile, engines, meaning, metrics, mixture, p
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, say, summary, warn
+from fedmoe.engine.facts import facts
 from fedmoe.errors import OutputLost, UsageError, UserError
 from fedmoe.files import check_above, check_page, write_atomic
 from fedmoe.partition import Split
@@ -64,7 +65,8 @@ def started(config: Config, run: Path) -> Iterator[tuple[Config, torch.device]]:
     engines.check(config, models)
     plan = None
     if config.engine.kind == "fast":
-        plan, lines = planning.make(config, planning.sizes(config, dataset, split, models, device), device)
+        on = facts(device)
+        plan, lines = planning.make(config, planning.sizes(config, dataset, split, models, on), on)
         for line in lines:
             warn(line)
     theta = {}

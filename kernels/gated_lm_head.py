@@ -17,7 +17,7 @@ from fedmoe.kernels.batching import one_by_one
 from fedmoe.kernels.gated_head import BUFFERS, check_options
 from fedmoe.kernels.gated_head_launch import Inputs, Options, misfit, too_far, unmultiplied
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES, Gradients, Scratch, slab_shape, sweep
-from fedmoe.kernels.launch import FLOATS, fits, refusal
+from fedmoe.kernels.launch import FLOATS, fits, is_fake, refusal
 
 
 def gated_lm_head(
@@ -121,19 +121,21 @@ def gated_lm_head_supported(
     targets: Tensor,  # [B]
     token_weights: Tensor | None = None,  # [B]
 ) -> tuple[bool, str]:
-    """Whether `gated_lm_head` and `gated_lm_head_step` take these tensors, and if not, why."""
+    """Whether `gated_lm_head` and `gated_lm_head_step` take these tensors, and if not, why.
+
+    Of fake ones whether the first would take such on a GPU.
+    """
     operands = global_, local, gate, weight, bias, targets
-    reason = misfit(*operands, ("token_weights", token_weights, 1)) or refusal(
-        (
-            ("global", global_, FLOATS),
-            ("local", local, (global_.dtype,)),
-            ("gate", gate, FLOATS),
-            ("weight", weight, (global_.dtype,)),
-            ("bias", bias, FLOATS),
-            ("targets", targets, (torch.int64, torch.int32)),
-            ("token_weights", token_weights, FLOATS),
-        )
+    kinds = (
+        ("global", global_, FLOATS),
+        ("local", local, (global_.dtype,)),
+        ("gate", gate, FLOATS),
+        ("weight", weight, (global_.dtype,)),
+        ("bias", bias, FLOATS),
+        ("targets", targets, (torch.int64, torch.int32)),
+        ("token_weights", token_weights, FLOATS),
     )
+    reason = misfit(*operands, ("token_weights", token_weights, 1)) or ("" if is_fake(global_) else refusal(kinds))
     reason = reason or unmultiplied(global_) or too_far(("global", global_, 1), ("local", local, 1), ("bias", bias, 0))
     if not reason and not 0 < len(weight) < 2**31:
         reason = f"there are {len(weight)} classes"

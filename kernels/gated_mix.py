@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmoe.kernels.batching import one_by_one
 from fedmoe.kernels.gated_head_launch import strides, too_far, unmultiplied
-from fedmoe.kernels.launch import FLOATS, Launch, fits, load, not_dense, refusal
+from fedmoe.kernels.launch import FLOATS, Launch, fits, is_fake, load, not_dense, refusal
 
 _kernels = load("gated_mix_kernels")
 
@@ -80,11 +80,15 @@ def gated_mix_supported(
     local: Tensor,  # [B, D]
     gate: Tensor,  # [B, 2]
 ) -> tuple[bool, str]:
-    """Whether `gated_mix` takes these tensors, and if not, why."""
+    """Whether `gated_mix` takes these tensors, and if not, why; of fake ones, whether it would on a GPU."""
     reason = _misfit(global_, local, gate)
     if not reason:
         tensors = (("global", global_, FLOATS), ("local", local, (global_.dtype,)), ("gate", gate, FLOATS))
-        reason = refusal(tensors) or unmultiplied(global_) or too_far(("global", global_, 1), ("local", local, 1))
+        reason = (
+            ("" if is_fake(global_) else refusal(tensors))
+            or unmultiplied(global_)
+            or too_far(("global", global_, 1), ("local", local, 1))
+        )
     return not reason, reason
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,6 +74,11 @@ def refusal(tensors: Iterable[tuple[str, Tensor | None, Collection[torch.dtype]]
         if tensor.dtype not in dtypes:
             return f"{name} is {tensor.dtype}, not one of {tuple(dtypes)}"
     return ""
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has no memory: an operator on it tells what it would give, where kernels run, and computes nothing."""
+    return isinstance(tensor, FakeTensor)
 
 
 def not_dense(name: str, value: object) -> str:

@@ -18,6 +18,7 @@ from fedmoe.config import Config
 from fedmoe.engine import units
 from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.device_engine import DeviceEngine
+from fedmoe.engine.facts import facts
 from fedmoe.engine.lane import Lane
 from fedmoe.engine.optimizers import Scale
 from fedmoe.engine.seam import Interrupted, Job
@@ -387,8 +388,8 @@ def test_the_plan_says_how_many(ragged: Config, tmp_path: Path, asked: int) -> N
     config = changed(ragged, engine={"cohort": asked}, run={"device": "cpu", "threads": 1})
     run, dataset = begin(config, tmp_path / "run"), load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    sizes_ = planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
-    plan, _ = planning.make(config, sizes_, torch.device("cpu"))
+    sizes_ = planning.sizes(config, dataset, split, planning.models(config, dataset, split), facts(torch.device("cpu")))
+    plan, _ = planning.make(config, sizes_, facts(torch.device("cpu")))
     assert plan.cohort == max(1, asked)
     engines.write(run, plan)
     with engines.opened(config, run, torch.device("cpu")) as made:

@@ -11,6 +11,7 @@ from fedmoe import engines, planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.engine.device_engine import DeviceEngine
+from fedmoe.engine.facts import facts
 from fedmoe.engine.plan import Plan
 from fedmoe.engine.seam import Job
 from fedmoe.errors import UserError
@@ -23,8 +24,8 @@ CPU = torch.device("cpu")
 def plan(config: Config) -> Plan:
     dataset = load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
-    return planning.make(config, sizes, CPU)[0]
+    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split), facts(torch.device("cpu")))
+    return planning.make(config, sizes, facts(CPU))[0]
 
 
 def test_the_plan_decides(config: Config, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_lanes_by_architectures_of_a_round() -> None:
 def test_micro_batches_take_less_and_one_client_at_a_time() -> None:
     whole, parts = (decide(CARD, replace(FIVE, evaluation_batch=1, micro_batch=n)) for n in (0, 8))
     assert (whole.cohort, parts.cohort) == (2, 1)
-    assert parts.reasons["cohort"] == "batches are taken 8 samples at a time: training.micro_batch"
+    assert parts.reasons["cohort"] == "batches are taken 8 samples at a time"
     made, warning = refused(CARD, replace(FIVE, micro_batch=8), cohort=2)
     assert made.cohort == 1 and "engine.cohort = 2 cannot be had: batches are taken 8 samples at a time" in warning
     assert decide(CARD, replace(FIVE, micro_batch=64)) == decide(CARD)

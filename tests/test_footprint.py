@@ -74,18 +74,23 @@ FP32, FLAT, BF16 = How(), How(optimizer="flat"), How(precision="bf16", optimizer
 @pytest.mark.parametrize(
     ("tune", "bits", "checkpointing", "micro_batch", "how"),
     [
-        ("full", 32, False, 0, FP32),
-        ("full", 8, True, 0, FLAT),
-        ("full", 32, True, 2, FP32),
-        ("full", 32, False, 2, BF16),
-        ("lora", 32, True, 0, FP32),
-        ("lora", 8, False, 2, BF16),
-        ("frozen", 32, False, 2, FP32),
-        ("frozen", 8, True, 0, BF16),
+        ("full", 32, "off", 0, FP32),
+        ("full", 8, "on", 0, FLAT),
+        ("full", 32, "on", 2, FP32),
+        ("full", 32, "off", 2, BF16),
+        ("lora", 32, "on", 0, FP32),
+        ("lora", 8, "off", 2, BF16),
+        ("frozen", 32, "off", 2, FP32),
+        ("frozen", 8, "on", 0, BF16),
     ],
 )
-def test_a_step_on_text_in_every_mode(tune: Any, bits: Any, checkpointing: bool, micro_batch: int, how: How) -> None:
-    model = Model(local=("qwen-nano",), global_expert="llama-nano", tune=tune, activation_checkpointing=checkpointing)
+def test_a_step_on_text_in_every_mode(tune: Any, bits: Any, checkpointing: Any, micro_batch: int, how: How) -> None:
+    model = Model(
+        local=("qwen-nano",),
+        global_expert="llama-nano",
+        tune=tune,
+        activation_checkpointing="on" if checkpointing else "off",
+    )
     made = mixture.build(Config(model=model, data=Data(kind="text")), 0, (32,), 257)
     samples = Samples(torch.zeros(8, 33, dtype=torch.int32), torch.zeros(8, dtype=torch.int64), 0.5, 0.5)
     rule = AdamW(lr=0.01, weight_decay=0.0, reset_theta=True, bits=bits, clip_norm=1.0)

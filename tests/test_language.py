@@ -145,9 +145,9 @@ def test_mixture_is_the_oracle_at_each_token() -> None:
 
 
 @pytest.mark.parametrize("name", NANO)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("tune", ["full", "lora", "frozen"])
-def test_what_trains(name: str, tune: Any, checkpointing: bool) -> None:
+def test_what_trains(name: str, tune: Any, checkpointing: Any) -> None:
     model = mixed(name, model={"tune": tune, "activation_checkpointing": checkpointing, "lora_rank": 4}).train()
     x, y = batch()
     model.join(model.program().run(x), y)[0].backward()
@@ -169,8 +169,11 @@ def test_what_trains(name: str, tune: Any, checkpointing: bool) -> None:
 @pytest.mark.parametrize("name", NANO)
 def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
     gradients = []
-    for checkpointing in (False, True):
-        model, (x, y) = mixed(name, model={"activation_checkpointing": checkpointing}).train(), batch()
+    for checkpointing in ("off", "on"):
+        model, (x, y) = (
+            mixed(name, model={"activation_checkpointing": checkpointing}).train(),
+            batch(),
+        )
         model.join(model.program().run(x), y)[0].backward()
         gradients.append({key: p.grad for key, p in model.named_parameters()})
     for key, gradient in gradients[0].items():

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedmoe import planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
+from fedmoe.engine.facts import facts
 from fedmoe.engine.seam import Job
 from fedmoe.engine.seeds import generator
 from fedmoe.engine.step import How
@@ -193,7 +194,7 @@ def test_what_is_planned_for_a_state_is_what_it_takes(
     config = changed(config, training=training)
     dataset = load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
+    sizes = planning.sizes(config, dataset, split, planning.models(config, dataset, split), facts(torch.device("cpu")))
     with engine(config, begin(config, tmp_path / "run"), FLAT) as made:
         for client, architecture in enumerate(sizes.architectures):
             layout = made.site.roster[client][1]

@@ -23,7 +23,7 @@ def test_facts_of_this_machine() -> None:
 def measured(config: Config) -> Sizes:
     dataset = load_data(config.data, config.seed)
     split = planning.deal(config, dataset)
-    return planning.sizes(config, dataset, split, planning.models(config, dataset, split), torch.device("cpu"))
+    return planning.sizes(config, dataset, split, planning.models(config, dataset, split), facts(torch.device("cpu")))
 
 
 def test_sizes_of_a_federation(config: Config) -> None:

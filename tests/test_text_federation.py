@@ -57,7 +57,7 @@ def outcome(made: Config, folder: Path, how: How | None = None, **more: Any) -> 
         ({}, How()),
         ({}, How(optimizer="flat")),
         ({"model": {"tune": "lora", "lora_rank": 4}, "training": {"micro_batch": 3}}, How()),
-        ({"model": {"tune": "frozen", "activation_checkpointing": True}}, How()),
+        ({"model": {"tune": "frozen", "activation_checkpointing": "on"}}, How()),
         ({"method": "static", "training": {"optimizer": "sgd", "lr": 0.05}}, How()),
         ({"method": "local"}, How()),
     ],

@@ -54,6 +54,17 @@ class Body(nn.Module):
         width: int = embeddings.weight.shape[1]
         return width
 
+    def checkpoint(self, on: bool) -> None:
+        """Whether what is within layers is computed again in the backward pass rather than kept."""
+        whole: Any = self.whole
+        kind = (
+            "activation" if hasattr(whole, "activation_checkpointing_enable") else "gradient"
+        )  # as later versions say
+        if on:
+            getattr(whole, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        elif getattr(whole, f"is_{kind}_checkpointing"):
+            getattr(whole, f"{kind}_checkpointing_disable")()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What the model begins with, before positions: [B, T] -> [B, T, E]."""
         embeddings: Any = self.whole.get_input_embeddings()
@@ -173,12 +184,10 @@ def split(name: str, whole: "PreTrainedModel", model: Model) -> Language:
     made = Language(Body(whole), header, softcap)
     if header.weight.device.type != "meta":
         _check(name, made)
-    if model.activation_checkpointing:
+    if model.activation_checkpointing == "on":
         if not whole.supports_gradient_checkpointing:
             raise UserError(f"language model {name!r} has no activation checkpointing: leave it off, or choose another")
-        # Later versions call it otherwise.
-        enable = getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        made.extractor.checkpoint(True)
     return made
 
 
