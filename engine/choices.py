@@ -139,7 +139,8 @@ class Choices:
 
     def _way(self, low: int, room: int) -> None:
         """Decide on the first way of taking a step that fits, or else the last; from then on, sizes are that way's."""
-        given, asked = self.sizes, self.sizes.micro_batch
+        given = self.sizes
+        asked = given.backward < given.batch
         for way in given.ways:
             kinds = zip(given.architectures, way.activations, strict=True)
             self.sizes = replace(

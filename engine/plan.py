@@ -131,7 +131,7 @@ def plan(wanted: Wanted, sizes: Sizes, facts: Facts) -> tuple[Plan, list[str]]:
         regions=work.regions,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
-        micro_batch=choices.sizes.micro_batch,
+        micro_batch=choices.sizes.micro_batch if choices.sizes.backward < choices.sizes.batch else 0,
         activation_checkpointing=choices.sizes.checkpointing == "on",
         predicted=predicted,
         reasons=choices.reasons,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe.engine.facts import Architecture, Facts, Sizes, Wanted
+from fedmoe.engine.facts import Architecture, Facts, Sizes, Wanted, Way
+from fedmoe.engine.fit import LARGE, WORKSPACE
 from fedmoe.engine.plan import CHOICES, Plan, plan
-from tests.plans import CARD, CPU, DEVICES, FIVE, H200, NO_KERNELS, OLD, decide, refused
+from tests.plans import CARD, CPU, DEVICES, FIVE, GB, H200, NO_KERNELS, OLD, decide, federation, kind, refused
 
 
 def test_cpu_is_plain() -> None:
@@ -205,5 +206,23 @@ def test_text_that_is_no_json() -> None:
     for text in ("", "{", "[1]"):
         with pytest.raises(ValueError, match="the plan is "):
             Plan.from_json(text)
-    with pytest.raises(ValueError, match="the plan lacks 'cohort'"):
+    with pytest.raises(ValueError, match="the plan lacks 'activation_checkpointing'"):
         Plan.from_json("{}")
+
+
+def test_a_step_is_taken_the_first_way_that_fits() -> None:
+    def way(parts: int, checkpointing: bool, gigabytes: float) -> Way:
+        return Way(micro_batch=parts, checkpointing=checkpointing, activations=(int(gigabytes * GB),))
+
+    ways = way(0, False, 20), way(32, False, 10), way(1, False, 7), way(0, True, 4.5), way(1, True, 1)
+    large = federation(kind(clients=2, trainable=LARGE), sampled=1, checkpointing="auto", ways=ways)
+    for card, expected in ((H200, (0, False)), (CARD, (1, False)), (OLD, (0, True))):
+        made = decide(card, replace(large, samples=0), precision="fp32")
+        assert (made.micro_batch, made.activation_checkpointing) == expected, card
+        chosen = next(w for w in ways if (w.micro_batch, w.checkpointing) == expected)
+        assert made.predicted.activations == chosen.activations[0] + WORKSPACE
+        for name in ("micro_batch", "activation_checkpointing"):
+            assert made.reasons[name]
+    made = decide(CARD, replace(large, samples=0, checkpointing="off", ways=ways[:3]), precision="fp32")
+    assert (made.micro_batch, made.activation_checkpointing) == (1, False)
+    assert "with more of the 64 in a batch, one client does not fit in" in made.reasons["micro_batch"]
