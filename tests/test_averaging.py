@@ -58,10 +58,12 @@ def test_equals_numpy_in_fp64(mean: Mean, count: int, size: int) -> None:
         # On a tie of fp32: what follows is even if divided last, and by this sum of the weights, odd otherwise.
         ([1.0, 1 - 2**-24], [49, 49]),
         ([1.0, 3.0 * 2**29, 0.0], [2**53, 1, 1]),
+        # Nothing is left of a product that is rounded before it is added.
+        ([-1.0, 1 + 2**-23], [0.1 * (1 + 2**-23), 0.1]),
     ],
 )
-def test_sums_are_in_the_order_given_and_divided_last(mean: Mean, numbers: list[float], weights: list[int]) -> None:
-    """Where another order, or a product with 1 / Σ w, comes to another number in fp32, too."""
+def test_sums_are_in_the_order_given_and_divided_last(mean: Mean, numbers: list[float], weights: list[float]) -> None:
+    """Where another order, a fused multiply-add, or a product with 1 / Σ w comes to another number in fp32, too."""
     total = sums = 0.0
     for number, weight in zip(numbers, weights, strict=True):
         sums += weight * number
