@@ -157,7 +157,7 @@ def krum(
     if not 1 <= chosen <= count:
         raise ValueError(f"cannot choose {chosen} of {count} updates")
     distances = (squared_distances_native if _fast(updates) else squared_distances)(updates)
-    distances.fill_diagonal_(-1.0)  # an update is no neighbour of itself, whatever else is at no distance
+    # The first is an update's distance to itself, or another 0.
     scores = distances.sort(1).values[:, 1 : count - byzantine - 1].sum(1)
     return sorted(scores.sort(stable=True).indices[:chosen].tolist())
 

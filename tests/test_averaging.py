@@ -49,6 +49,33 @@ def test_equals_numpy_in_fp64(mean: Mean, count: int, size: int) -> None:
     np.testing.assert_allclose(actual.numpy(), expected, rtol=2**-23, atol=1e-12)
 
 
+@pytest.mark.parametrize("mean", BOTH)
+@pytest.mark.parametrize(
+    ("numbers", "weights"),
+    [
+        # A 1 that comes before the large number is taken away is lost; at every place among eleven.
+        *(([2.0**60, *[0.0] * before, 1.0, -(2.0**60), *[0.0] * (8 - before)], [1] * 11) for before in range(9)),
+        # On a tie of fp32: what follows is even if divided last, and by this sum of the weights, odd otherwise.
+        ([1.0, 1 - 2**-24], [49, 49]),
+        ([1.0, 3.0 * 2**29, 0.0], [2**53, 1, 1]),
+        # Nothing is left of a product that is rounded before it is added.
+        ([-1.0, 1 + 2**-23], [0.1 * (1 + 2**-23), 0.1]),
+    ],
+)
+def test_sums_are_in_the_order_given_and_divided_last(mean: Mean, numbers: list[float], weights: list[float]) -> None:
+    """Where another order, a fused multiply-add, or a product with 1 / Σ w comes to another number in fp32, too."""
+    total = sums = 0.0
+    for number, weight in zip(numbers, weights, strict=True):
+        sums += weight * number
+        total += weight
+    expected = torch.tensor([sums / total] * 70, dtype=torch.float64).float()
+    updates, one_by_one = [torch.full((70,), number) for number in numbers], RunningMean()
+    assert torch.equal(mean(updates, weights), expected)
+    for update, weight in zip(updates, weights, strict=True):
+        one_by_one.add(update, weight)
+    assert torch.equal(one_by_one.mean(), expected)
+
+
 @needs_native
 @settings(deadline=None)
 @given(

@@ -105,6 +105,14 @@ def test_distances_are_those_of_fp64(count: int, size: int, instructions: str) -
 
 
 @needs_native
+def test_distances_of_more_coordinates_than_are_taken_at_a_time() -> None:
+    updates = drawn(400, 2100)
+    stacked = torch.stack(updates).double()
+    expected = torch.cdist(stacked, stacked, compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(robust.squared_distances_native(updates), expected, rtol=1e-12, atol=0)
+
+
+@needs_native
 def test_threads_and_instruction_sets_change_no_bit() -> None:
     updates, extension, size = drawn(11, 40_001), importlib.import_module("fedmoe.kernels._native"), 40_001
     found = []
@@ -217,8 +225,13 @@ def test_updates_of_two_dtypes_are_refused() -> None:
 
 
 @needs_native
-def test_ctrl_c_ends_a_long_call_and_the_gil_is_free_meanwhile() -> None:
-    updates = [torch.zeros(2_000_000)] * 600  # about a minute
+@pytest.mark.parametrize(
+    ("rule", "out"),
+    [("squared_distances", torch.empty(600**2, dtype=torch.float64)), ("median", torch.empty(4_000_000))],
+)
+def test_ctrl_c_ends_a_long_call_and_the_gil_is_free_meanwhile(rule: str, out: Tensor) -> None:
+    updates = [torch.randn(4_000_000), torch.randn(4_000_000)] * 300  # minutes, and six seconds
+    call = getattr(importlib.import_module("fedmoe.kernels._native"), rule)
     start, ran = time.perf_counter(), threading.Event()
 
     def interrupt() -> None:
@@ -229,6 +242,6 @@ def test_ctrl_c_ends_a_long_call_and_the_gil_is_free_meanwhile() -> None:
     thread = threading.Thread(target=interrupt)
     with pytest.raises(KeyboardInterrupt):
         thread.start()
-        robust.squared_distances_native(updates)
+        call(out, updates, 1)
     thread.join()
     assert ran.is_set() and time.perf_counter() - start < 30

@@ -55,7 +55,8 @@ void check_layout(const Array& array, const std::string& name, std::size_t size)
     fail(name + " has " + std::to_string(array.shape(0)) + " elements, expected " + std::to_string(size));
   if (size > 1 && array.stride(0) != 1)
     fail(name + " has stride " + std::to_string(array.stride(0)) + ", expected 1 (contiguous)");
-  if (const std::size_t bytes = array.itemsize(); size && bytes && reinterpret_cast<std::uintptr_t>(array.data()) % bytes)
+  const auto first = reinterpret_cast<std::uintptr_t>(array.data());
+  if (const std::size_t bytes = array.itemsize(); size && bytes && first % bytes)
     fail(name + " begins at an address that is not a multiple of its " + std::to_string(bytes) + " bytes");
 }
 
