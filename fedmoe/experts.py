@@ -1,4 +1,4 @@
-"""The registry of models: built-in families, timm's, and any factory of the user's; each an extractor and a header."""
+"""The registry of image models: families, libraries', and any factory of the user's; each an extractor and a header."""
 
 import copy
 import importlib
@@ -11,11 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedmoe import config as settings
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
-from fedmoe.models import cnn, resnet, timm, vit
+from fedmoe.models import cnn, hf, resnet, timm, vit
 
 FAMILIES = {name: family for family in (cnn, resnet, vit) for name in family.NAMES}
+
+DEFAULTS = settings.Model()
 
 
 class Split(NamedTuple):
@@ -25,10 +28,11 @@ class Split(NamedTuple):
     header: nn.Module  # [..., D] -> [..., C]
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
-    """The untrained model called `name` for images of `shape` (channels, height, width).
+def build(name: str, shape: tuple[int, int, int], classes: int, options: settings.Model = DEFAULTS) -> Split:
+    """The model called `name` for images of `shape` (channels, height, width), before any training here.
 
-    It is one of the families', or one of timm's as `timm/NAME`. `package.module:factory` is called as
+    It is one of the families', one of timm's as `timm/NAME`, or of transformers' as `hf/NAME`, the only ones that
+    `options` are for. `package.module:factory` is called as
     `factory(shape, classes)` and returns an (extractor, header) pair or a module with those two attributes.
     Raises UserError for an unknown name, a factory that cannot be imported, or a model that does not fit.
     """
@@ -36,21 +40,26 @@ def build(name: str, shape: tuple[int, int, int], classes: int) -> Split:
     if name in FAMILIES:
         return Split(*FAMILIES[name].make(name, shape, classes))
     make: Callable[[tuple[int, int, int], int], object]
-    make = partial(timm.make, name) if name.startswith(timm.PREFIX) else _factory(name)
+    if name.startswith(timm.PREFIX):
+        make = partial(timm.make, name)
+    else:
+        make = partial(hf.make, name, options=options) if name.startswith(hf.PREFIX) else _factory(name)
     try:
         # A copy: a factory that hands out one object again and again would have clients share their weights.
         made = copy.deepcopy(make(shape, classes))
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's factory, or timm, raises
+    except (Exception, SystemExit) as error:  # whatever a user's factory, or a library, raises
         raise UserError(f"model {name!r} cannot be made for images of {list(shape)}: {reason(error)}") from error
     return _checked(name, made, shape, classes)
 
 
 def check_name(name: str) -> None:
     """Raise UserError for what cannot be the name of a model."""
-    if name not in FAMILIES and ":" not in name and not name.startswith(timm.PREFIX):
-        raise UserError(f"model {name!r} is none of {', '.join(FAMILIES)}, nor `timm/NAME` or `package.module:factory`")
+    if name not in FAMILIES and ":" not in name and not name.startswith((timm.PREFIX, hf.PREFIX)):
+        raise UserError(
+            f"model {name!r} is none of {', '.join(FAMILIES)}, nor `timm/NAME`, `hf/NAME` or `package.module:factory`"
+        )
 
 
 def width(extractor: nn.Module, shape: tuple[int, ...]) -> int:

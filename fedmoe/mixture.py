@@ -22,9 +22,9 @@ from fedmoe.engine.seeds import derive, globals_kept, seed_globals
 from fedmoe.errors import UserError
 from fedmoe.gate import Gate, TokenGate
 from fedmoe.kernels import gated_head, gated_lm_head, gated_mix, oracle
-from fedmoe.models import hf, language
-from fedmoe.models.hf import Body
-from fedmoe.models.language import Language
+from fedmoe.models import language
+from fedmoe.models.attention import capped
+from fedmoe.models.language import Body, Language
 
 Made = TypeVar("Made")
 
@@ -107,7 +107,7 @@ class Mixture(nn.Module):
         if isinstance(self.local_expert, Body) and isinstance(self.header, nn.Linear):
             mixed = mixed.to(self.header.weight.dtype)
         out: Tensor = self.header(mixed)
-        return hf.capped(out, self.softcap)
+        return capped(out, self.softcap)
 
     def join(self, outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Branch outputs and targets [B] or [B, T] -> (mean cross-entropy [], correct predictions [])."""
@@ -307,7 +307,7 @@ def _expert(model: Model, name: str, shape: tuple[int, ...], outputs: int) -> ex
     if len(shape) == 1:
         return language.make(name, model, outputs, shape[0])
     channels, height, width = shape
-    return experts.build(name, (channels, height, width), outputs)
+    return experts.build(name, (channels, height, width), outputs, model)
 
 
 def _gate(config: settings.Gate, local: experts.Split | Language, shape: tuple[int, ...]) -> nn.Module:

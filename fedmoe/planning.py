@@ -31,7 +31,7 @@ from fedmoe.engine.step import How
 from fedmoe.errors import UserError
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
 from fedmoe.mixture import Mixture
-from fedmoe.models.hf import Body
+from fedmoe.models.language import Body
 from fedmoe.partition import Split
 
 

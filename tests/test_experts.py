@@ -20,7 +20,9 @@ def test_every_family_is_known_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["cnn-6", "resnet18", "", "timm"])
 def test_unknown_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"'{name}' is none of cnn-1, cnn-2, .*vit-base, nor `timm/NAME` or `package"):
+    with pytest.raises(
+        UserError, match=f"'{name}' is none of cnn-1, cnn-2, .*vit-base, nor `timm/NAME`, `hf/NAME` or `package"
+    ):
         build(name, CIFAR_SHAPE, 10)
 
 

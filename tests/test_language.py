@@ -13,8 +13,8 @@ from fedmoe.config import Config, Data, Gate, Model
 from fedmoe.errors import UserError
 from fedmoe.kernels import oracle
 from fedmoe.mixture import Mixture
-from fedmoe.models import hf, language
-from fedmoe.models.hf import Language
+from fedmoe.models import attention, language
+from fedmoe.models.language import Body, Language
 
 V, T = 61, 12
 NANO = [name for name in language.NAMES if name.endswith("nano")]
@@ -60,7 +60,7 @@ def test_with_the_gate_on_the_local_expert_loss_and_gradients_are_the_models_own
     loss, correct = model.join(model.program().run(x), y)
     loss.backward()
     body = model.local_expert
-    assert isinstance(body, hf.Body)
+    assert isinstance(body, Body)
     whole = body.whole
     ours = {key: p.grad.clone() for key, p in whole.named_parameters() if p.grad is not None}
     whole.zero_grad()
@@ -86,12 +86,12 @@ def test_own_attention_is_the_librarys(name: str) -> None:
 def test_attention_of_windows_and_caps(softcap: float | None, window: int | None, groups: int) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64) for heads in (4, 4 // groups, 4 // groups))
-    out, _ = hf.causal_attention(nn.Module(), q, k, v, None, scaling=0.3, softcap=softcap, sliding_window=window)
+    out, _ = attention.causal_attention(nn.Module(), q, k, v, None, scaling=0.3, softcap=softcap, sliding_window=window)
     for head in range(4):
         for t in range(T):
             seen = slice(max(0, t + 1 - (window or T)), t + 1)
             scores = 0.3 * (k[:, head // groups, seen] @ q[:, head, t, :, None])[:, :, 0]
-            scores = hf.capped(scores, softcap)
+            scores = attention.capped(scores, softcap)
             expected = (scores.softmax(1)[:, None] @ v[:, head // groups, seen])[:, 0]
             torch.testing.assert_close(out[:, t, head], expected)
 
@@ -204,7 +204,7 @@ def test_a_model_on_the_meta_device_has_its_shapes(name: str) -> None:
     ("name", "said"),
     [
         ("cnn-1", "language model 'cnn-1' is none of llama-nano, .*, nor `hf/NAME`"),
-        ("hf/./nowhere", "there is no folder nowhere"),
+        ("hf/./nowhere", "there is no such folder"),
     ],
 )
 def test_what_is_no_language_model_is_refused(name: str, said: str) -> None:

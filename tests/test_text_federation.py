@@ -156,7 +156,7 @@ def test_commands_take_text(corpus: Path, fedmoe: Fedmoe, tmp_path: Path) -> Non
         (["--data.sequence-length", "4000"], "needs 4001: give more text or set less"),
         (["--data.name", "digits"], 'data.name is "digits" with data.kind = "text"'),
         (["--data.tokenizer", "./nowhere"], "nowhere"),
-        (["--model.local", "hf/./nowhere"], "there is no folder nowhere"),
+        (["--model.local", "hf/./nowhere"], "there is no such folder"),
     ],
 )
 def test_what_text_cannot_be_is_one_line(corpus: Path, fedmoe: Fedmoe, words: list[str], said: str) -> None:

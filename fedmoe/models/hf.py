@@ -1,282 +1,227 @@
-"""Models of Hugging Face's transformers as experts: opened without pickle, split in body and head, tuned as wanted."""
+"""Models of Hugging Face transformers by name, `hf/NAME`: a folder or a repository of the hub; the library is optional.
 
-import importlib
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+Only a config.json and safetensors are ever read: no pickled weights, no code of a repository.
+"""
+
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fedmoe.config import Model
+from fedmoe import config as settings
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from fedmoe.models import attention, tuning
 
 PREFIX = "hf/"
-CAUSAL = "fedmoe_causal"
+CAUSAL = "AutoModelForCausalLM"
+FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+"""What is fetched of a repository; only the first where no weights are wanted."""
 
 
-class Body(nn.Module):
-    """A language model without its head: tokens int64 [B, T] -> representations [B, T, D]."""
+class Source(NamedTuple):
+    """Where a model comes from: its transformers configuration, and the folder of its weights; None: fresh ones."""
 
-    def __init__(self, whole: "PreTrainedModel") -> None:
-        super().__init__()
-        self.body: Any = whole.base_model
-        self._whole: list[Any] = [whole]  # in a list, so that its head is no part of this module
-
-    @property
-    def whole(self) -> "PreTrainedModel":
-        """The model with its head, as transformers knows it, of the same tensors."""
-        whole: PreTrainedModel = self._whole[0]
-        return whole
-
-    def forget_head(self) -> None:
-        """Let go of the head, of which a global expert has no use."""
-        self._whole = [self.whole.base_model]
-
-    @property
-    def width(self) -> int:
-        """D."""
-        width: int = self.body.config.get_text_config().hidden_size
-        return width
-
-    @property
-    def embedding_width(self) -> int:
-        """E."""
-        embeddings: Any = self.whole.get_input_embeddings()
-        width: int = embeddings.weight.shape[1]
-        return width
-
-    def checkpoint(self, on: bool) -> None:
-        """Whether what is within layers is computed again in the backward pass rather than kept."""
-        whole: Any = self.whole
-        kind = (
-            "activation" if hasattr(whole, "activation_checkpointing_enable") else "gradient"
-        )  # as later versions say
-        if on:
-            getattr(whole, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        elif getattr(whole, f"is_{kind}_checkpointing"):
-            getattr(whole, f"{kind}_checkpointing_disable")()
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What the model begins with, before positions: [B, T] -> [B, T, E]."""
-        embeddings: Any = self.whole.get_input_embeddings()
-        out: Tensor = embeddings(tokens)
-        return out
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D]; a token's sees those before it alone."""
-        out: Tensor = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-        return out
+    name: str
+    config: Any
+    folder: Path | None
 
 
-class Language(NamedTuple):
-    """A language model in two parts: `header(extractor(tokens))`, capped, are its logits."""
+class ImageExtractor(tuning.Extractor):
+    """An image classifier whose last layer is taken off."""
 
-    extractor: Body
-    header: nn.Linear  # [..., D] -> [..., V]; where embeddings are tied, its weight is the very parameter of these
-    softcap: float | None
-    """Logits z become softcap * tanh(z / softcap) where it is given."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, height, width] -> [B, D]."""
+        return self.given(self.body(pixel_values=self.taken(x), return_dict=True).logits)
+
+
+def make(
+    name: str, shape: tuple[int, int, int], classes: int, options: settings.Model
+) -> tuple[ImageExtractor, nn.Linear]:
+    """An image classifier without its last linear layer, and that layer, new unless it is for as many classes.
+
+    Fresh weights are made for images of this shape; raises UserError where pretrained ones are for another, or the
+    classifier ends otherwise. Images come as the data set normalizes them.
+    """
+    source = find(name, options)
+    _fit(source, shape)
+    source.config.num_labels = classes
+    whole, fresh = load("AutoModelForImageClassification", source, options)
+    linear = {path: module for path, module in whole.named_modules() if isinstance(module, nn.Linear)}
+    path = next((path for path in reversed(linear) if linear[path].out_features == classes), None)
+    if path is None or any(not key.startswith(f"{path}.") for key in fresh):
+        why = f"its weights do not fit, such as {min(fresh)!r}" if fresh else "it has no linear layer for them"
+        raise UserError(f"model {name!r} cannot be made for {classes} classes: {why}")
+    x = torch.linspace(-1, 1, 2 * math.prod(shape)).view(2, *shape).to(whole.dtype)
+    own = evaluated(whole, lambda: whole(pixel_values=x).logits)
+    whole.set_submodule(path, nn.Identity())
+    features = evaluated(whole, lambda: whole(pixel_values=x).logits)
+    if features.shape[-1] != linear[path].in_features or not same(linear[path](features), own):
+        raise UserError(f"model {name!r} does more than its layer {path!r} to make logits: this is not supported")
+    tuning.apply(name, whole, whole, linear[path], options, probe=True)  # new mostly, and small
+    return ImageExtractor(whole, linear[path]), linear[path]
 
 
 def library(name: str) -> Any:
-    """The optional library `name`. Raises UserError saying how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"language models need {name} ({error}): pip install 'fedmoe[lm]'") from error
+    """transformers, silent; UserError where it is missing or cannot be imported."""
+    transformers = tuning.optional("transformers", name)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
-def make(name: str, model: Model, vocabulary: int, positions: int) -> Language:
-    """The model `hf/NAME`; see `language.make`.
+def find(name: str, options: settings.Model) -> Source:
+    """What `hf/NAME` is: a folder, or a repository of the hub, which is fetched, with its weights if they are wanted.
 
-    Whatever is loaded is safetensors and no code. Raises UserError naming what cannot be had or does not fit.
+    They are not where `model.weights` is "random", and in a plan. Raises UserError if there is no such model.
     """
-    transformers, place = library("transformers"), name.removeprefix(PREFIX)
-    folder = Path(place).expanduser()
-    local = folder.is_dir()
-    if not local and place.startswith((".", "/", "~")):
-        raise UserError(f"model {name!r}: there is no folder {folder}: give one with a config.json, or a hub name")
-    source, options = (str(folder) if local else place), {"trust_remote_code": False, "local_files_only": local}
-    with _opening(name):
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-    kind, text = config.model_type, config.get_text_config()
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise UserError(f"model {name!r}: {kind!r} is no causal language model of transformers: choose one")
-    if text.vocab_size < vocabulary:
+    transformers, wanted = library(name), name.removeprefix(PREFIX)
+    folder, weights = Path(wanted).expanduser(), options.weights == "pretrained" and not on_meta()
+    if not wanted or folder.is_file():
+        raise UserError(f"model {name!r} is neither a folder nor a name on the hub: write {PREFIX}NAME")
+    if not folder.is_dir():
+        folder = _fetched(name, wanted, weights)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {name!r}: folder {folder} has no config.json")
+    if weights and not any(folder.glob("model*.safetensors")):
         raise UserError(
-            f"model {name!r} has a vocabulary of {text.vocab_size}, the tokenizer one of {vocabulary}: set "
-            "data.tokenizer to the one that belongs to the model, and take models that share it"
+            f"model {name!r}: folder {folder} has no weights in model.safetensors, and no other format is read: save "
+            'them as that, or set model.weights to "random"'
         )
-    most = getattr(text, "max_position_embeddings", None)
-    if most is not None and most < positions:
-        raise UserError(
-            f"model {name!r} has {most} positions, data.sequence_length is {positions}: lower it, or choose another"
-        )
-    if model.weights == "pretrained" and local and not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model {name!r}: no safetensors in {folder}: put its weights there, or set model.weights to random"
-        )
-    if model.weights == "random" or torch.empty(0).device.type == "meta":
-        return split(name, fresh(config, model), model)
-    with _opening(name):
-        whole, told = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            **options,
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation=_attention(model),
-            output_loading_info=True,
-        )
-    for what in ("missing_keys", "mismatched_keys"):
-        if odd := sorted(map(str, told.get(what) or ())):
-            raise UserError(f"model {name!r}: its weights do not fit its config.json: {what[:-5]} {odd[0]}")
-    return split(name, whole, model)
-
-
-@contextmanager
-def _opening(name: str) -> Iterator[None]:
-    """What transformers raises within the block for a model that it cannot open is a user's, in one line."""
     try:
-        yield
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a broken file makes it raise
+        raise UserError(f"model {name!r}: {folder / 'config.json'} cannot be used: {reason(error)}") from error
+    config.name_or_path = wanted if weights else ""
+    return Source(name, config, folder if weights else None)
+
+
+def load(auto: str, source: Source, options: settings.Model) -> tuple[Any, set[str]]:
+    """The whole model by transformers' class `auto`, its attention as in the options, in training mode.
+
+    Also the names of parameters that are fresh, because the weights have them for other sizes: of an image classifier
+    only. Raises UserError for weights that cannot be read or are not this model's.
+    """
+    name, config, folder = source
+    transformers, origin = library(name), config.name_or_path
+    if options.attention == "flash_attention_2" and not transformers.utils.is_flash_attn_2_available():
+        raise UserError(
+            'model.attention is "flash_attention_2", which needs a GPU and the package flash-attn: install it, or set '
+            '"sdpa"'
+        )
+    chosen: dict[str, Any] = {"dtype": tuning.body_dtype(options), "trust_remote_code": False}
+    if options.attention != "sdpa":
+        chosen["attn_implementation"] = options.attention
+    elif auto == CAUSAL:
+        transformers.AttentionInterface.register(attention.NAME, attention.causal_attention)
+        chosen["attn_implementation"] = attention.NAME
+    if folder is not None:
+        chosen |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        chosen["ignore_mismatched_sizes"] = auto != CAUSAL
+    made, fresh = getattr(transformers, auto), set()
+    try:
+        if folder is None:
+            model = made.from_config(config, **chosen)
+        else:
+            model, info = made.from_pretrained(folder, config=config, **chosen)
+            fresh = {key for key, *_ in info["mismatched_keys"]}
+            if lost := sorted(set(info["missing_keys"]) - fresh):
+                raise UserError(
+                    f"model {name!r}: the weights in {folder} lack {len(lost)} of its parameters, such as {lost[0]!r}"
+                )
+        if options.activation_checkpointing == "on":
+            checkpoint(model, True)
     except UserError:
         raise
-    except Exception as error:  # whatever transformers, its hub, safetensors and a broken file raise
-        said = " ".join(str(error).split())
-        if re.search("gated|401|403|Unauthorized", said):
-            raise UserError(
-                f"model {name!r} is gated: accept its terms on the hub and log in, or give a folder"
-            ) from error
-        if re.search("offline|couldn't connect|connect to|internet|cached files|not a local folder|404", said, re.I):
-            raise UserError(
-                f"model {name!r}: is neither a folder nor to be had from the hub: give a folder with config.json and "
-                "safetensors, or check the name and the network"
-            ) from error
-        raise UserError(f"model {name!r} cannot be opened: {type(error).__name__}: {said[:200]}") from error
+    except Exception as error:  # of many kinds, one for each thing that can be wrong with a file or a configuration
+        what = "a causal language model" if auto == CAUSAL else "an image classifier"
+        why = f"it is not {what}" if "Unrecognized configuration class" in str(error) else reason(error)
+        raise UserError(f"model {name!r} cannot be made: {why}") from error
+    model.config.name_or_path = origin
+    return model.train(), fresh
 
 
-def fresh(config: "PretrainedConfig", model: Model) -> "PreTrainedModel":
-    """A model with the weights that its family begins with, drawn by the global generator, in fp32."""
-    transformers = library("transformers")
-    made: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=_attention(model), dtype=torch.float32
-    )
-    return made
+def checkpoint(model: Any, on: bool) -> None:
+    """Whether what is within the model's layers is computed again in the backward pass rather than kept."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # as later versions say
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    elif getattr(model, f"is_{kind}_checkpointing"):
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def split(name: str, whole: "PreTrainedModel", model: Model) -> Language:
-    """A causal language model in body and head, tuned as `model.tune` says.
-
-    Raises UserError where its logits are more than that, or `model.tune` does not suit it.
-    """
-    header = whole.get_output_embeddings()
-    if type(header) is not nn.Linear:
-        raise UserError(f"language model {name!r}: its head is a {type(header).__name__}, must be a linear layer")
-    softcap = getattr(whole.config.get_text_config(), "final_logit_softcapping", None)
-    _tune(whole, header, model)
-    made = Language(Body(whole), header, softcap)
-    if header.weight.device.type != "meta":
-        _check(name, made)
-    if model.activation_checkpointing == "on":
-        if not whole.supports_gradient_checkpointing:
-            raise UserError(f"language model {name!r} has no activation checkpointing: leave it off, or choose another")
-        made.extractor.checkpoint(True)
-    return made
+def on_meta() -> bool:
+    """Whether modules are being made without memory, for their shapes only."""
+    return torch.get_default_device().type == "meta"
 
 
-def causal_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, heads, T, d]
-    key: Tensor,  # [B, heads / g, T, d]
-    value: Tensor,  # likewise
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:  # [B, T, heads, d]
-    """Each token's attention to itself and those before it, as transformers calls it (`AttentionInterface`).
-
-    The library makes a mask of [B, 1, T, T], or looks at its values to be spared it, for which the host waits. Texts
-    here are whole windows, so PyTorch's own causal kernels do.
-    """
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    if groups > 1 and not query.is_cuda:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if softcap is None and (sliding_window is None or sliding_window >= length):
-        out = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1 and query.is_cuda
-        )
-        return out.transpose(1, 2).contiguous(), None
-    if groups > 1 and query.is_cuda:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    at = torch.arange(length, device=query.device)
-    back = at[:, None] - at
-    seen = (back >= 0) & (back < (sliding_window or length))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    weights = capped(scores, softcap).masked_fill(~seen, -torch.inf).float().softmax(3).to(query.dtype)
-    return (F.dropout(weights, dropout) @ value).transpose(1, 2).contiguous(), None
-
-
-def _attention(model: Model) -> str:
-    """The name by which transformers knows what `model.attention` wants."""
-    if model.attention != "sdpa":
-        return model.attention
-    library("transformers").AttentionInterface.register(CAUSAL, causal_attention)
-    return CAUSAL
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits within (-softcap, softcap), of the same shape."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def _tune(whole: "PreTrainedModel", header: nn.Linear, model: Model) -> None:
-    """Have train what `model.tune` says: all; adapters within the body; or the head alone, unless embeddings are it."""
-    if model.tune == "full":
-        return
-    whole.requires_grad_(False)
-    if model.tune == "lora":
-        peft = library("peft")
-        with warnings.catch_warnings():  # of GPT-2's layers, whose weights are transposed, which it then heeds
-            warnings.simplefilter("ignore", UserWarning)
-            peft.inject_adapter_in_model(
-                peft.LoraConfig(
-                    r=model.lora_rank,
-                    lora_alpha=model.lora_alpha,
-                    target_modules=list(model.lora_targets) or "all-linear",
-                    task_type="CAUSAL_LM",
-                ),
-                whole,
-            )
-    elif header.weight is not whole.get_input_embeddings().weight:
-        header.requires_grad_(True)
-    if model.frozen_dtype == "bf16":
-        for parameter in whole.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _check(name: str, made: Language) -> None:
-    """Raise UserError unless head after body, capped, gives the model's own logits."""
-    whole, tokens = made.extractor.whole, torch.arange(2)[None]
-    was_training = whole.training
+def evaluated(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` gives while `model` is in evaluation mode; leaves no trace."""
+    was_training = model.training
+    model.eval()
     with torch.no_grad(), globals_kept():
-        whole.eval()
-        own = whole(input_ids=tokens, use_cache=False).logits
-        ours = capped(made.header(made.extractor(tokens)), made.softcap)
-    whole.train(was_training)
-    if not torch.equal(own, ours):
-        gap = (own - ours).abs().max().item()
+        out = run()
+    model.train(was_training)
+    return out
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results of the same arithmetic are equal but for rounding; true of shapes alone."""
+    if ours.device.type == "meta":
+        return ours.shape == theirs.shape
+    allowed = 1e-4 if ours.dtype == torch.float32 else 2e-2
+    return bool((ours.float() - theirs.float()).abs().max() <= allowed * theirs.abs().max())
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return lines[0] if lines[0].rstrip(": ") != type(error).__name__ or len(lines) < 2 else f"{lines[0]} {lines[1]}"
+
+
+def _fit(source: Source, shape: tuple[int, int, int]) -> None:
+    """Make a fresh model for images of this shape; raise UserError where a pretrained one is for another."""
+    config = source.config
+    if hasattr(config, "num_channels") and config.num_channels != shape[0]:
+        if source.folder is not None:
+            raise UserError(
+                f"model {source.name!r} takes images of {config.num_channels} channels, these have {shape[0]}: set "
+                'model.weights to "random", or choose another model'
+            )
+        config.num_channels = shape[0]
+    if not hasattr(config, "image_size"):
+        return
+    sides = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
+    if source.folder is not None and tuple(sides) != shape[1:]:
         raise UserError(
-            f"language model {name!r}: its logits are not its head's of its body, they differ by {gap:.3g}: this "
-            "family's head does more than a linear layer; choose another"
+            f"model {source.name!r} takes images of {sides[0]}x{sides[1]} pixels, these have {shape[1]}x{shape[2]}: "
+            'set data.image_size, or model.weights to "random"'
         )
+    config.image_size = shape[1] if shape[1] == shape[2] else list(shape[1:])
+
+
+def _fetched(name: str, wanted: str, weights: bool) -> Path:
+    """The folder into which the hub's repository `wanted` has been fetched, now or before."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    advice = f"{PREFIX}NAME must be a folder or a repository of the hub"
+    try:
+        return Path(huggingface_hub.snapshot_download(wanted, allow_patterns=list(FILES if weights else FILES[:1])))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"model {name!r} is gated: ask for access on its page, and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"model {name!r} is not there, or needs a login: {advice}") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"model {name!r}: there is no such folder, and no such name can be on the hub") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"model {name!r} is neither a folder nor fetched already, and the hub cannot be reached: {advice}"
+        ) from error
+    except Exception as error:  # of the network, or of the disk
+        raise UserError(f"model {name!r} cannot be fetched: {reason(error)}") from error

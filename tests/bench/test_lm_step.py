@@ -18,7 +18,7 @@ from fedmoe.client import measured, open_client
 from fedmoe.config import Config, Data, Federation, Model, Partition, Training
 from fedmoe.engine.device import prepare
 from fedmoe.engine.step import How, autocast
-from fedmoe.models.hf import Body
+from fedmoe.models.language import Body
 from fedmoe.profiling.bench import Absent, Bench, Call, Floor, Unavailable, attempt
 from tests.bench.federations import FASTEST, a_round, rounds_of, steps_of
 from tests.engines import engine
