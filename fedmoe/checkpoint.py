@@ -72,6 +72,17 @@ def load(run: Path, entry: Entry) -> State:
 
 def read_state(folder: Path, entry: Entry, by: str) -> State:
     """The tensors of a file whose size and SHA-256 `by` states. Raises UserError where they differ, or it is none."""
+    path = verified(folder, entry, by)
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): restore it from a copy") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}): restore it from a copy") from error
+
+
+def verified(folder: Path, entry: Entry, by: str) -> Path:
+    """A file whose size and SHA-256 are those that `by` states. Raises UserError where they differ."""
     path = folder / entry.file
     try:
         size = path.stat().st_size
@@ -83,13 +94,11 @@ def read_state(folder: Path, entry: Entry, by: str) -> State:
             raise UserError(
                 f"{path}: SHA-256 is {digest[:12]}..., {by} says {entry.sha256[:12]}...: restore it from a copy"
             )
-        return load_file(path)
+        return path
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}), but {by} names it: restore it from a copy"
         ) from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error}): restore it from a copy") from error
 
 
 class Writer:
@@ -139,6 +148,13 @@ def create(run: Path, server: State) -> None:
     folder = run / "checkpoints"
     folder.mkdir(exist_ok=True)
     write_manifest(folder, Manifest(0, write_state(folder, "server.r0.safetensors", server)))
+
+
+def entry_of(folder: Path, name: str) -> Entry:
+    """What states a file that is there."""
+    path = folder / name
+    with path.open("rb") as file:
+        return Entry(name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def write_state(folder: Path, name: str, state: State) -> Entry:

@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with handling(_end):
         parser = _parser()
         args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+        if args.command == "predict":  # files behind options, which the parser takes for superfluous
+            args.inputs += [Path(word) for word in rest if not word.startswith("-")]
+            rest = [word for word in rest if word.startswith("-")]
         if rest and args.command not in ("train", "sweep", "plan", "partition", "profile"):
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         code = _run(args, rest)
@@ -131,12 +134,17 @@ def _parser() -> Parser:
     export.add_argument("--out", type=Path, metavar="DIR", help="a folder that is new or empty; else one in the run's")
     export.set_defaults(act=_export, parser=export)
 
-    predict = commands.add_parser("predict", help="predict image files with a trained client")
+    predict = commands.add_parser("predict", help="predict images with a trained client, or how a text goes on")
     predict.add_argument("model", type=Path, metavar="MODEL", help="an export, or a run folder")
-    predict.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="image file, or a folder of some")
+    of_inputs = "image file, or a folder of some; of text a file with a prompt"
+    predict.add_argument("inputs", type=Path, nargs="*", default=[], metavar="INPUT", help=of_inputs)
     predict.add_argument("--client", type=int, metavar="K", help="whose model, if MODEL is a run folder")
-    predict.add_argument("--top", type=int, default=3, metavar="N", help="the N most probable classes (3)")
-    predict.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+    predict.add_argument("--top", type=int, metavar="N", help="images: the N most probable classes (3)")
+    predict.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text: go on after this")
+    predict.add_argument("--tokens", type=int, metavar="N", help="text: up to N tokens (100)")
+    predict.add_argument("--temperature", type=float, metavar="X", help="text: draw; 0 takes the most probable (0)")
+    predict.add_argument("--seed", type=int, metavar="S", help="text: what is drawn (0)")
+    predict.add_argument("--json", action="store_true", help="print a line of JSON for each image or prompt")
     predict.set_defaults(act=_predict, parser=predict)
 
     plan = commands.add_parser("plan", help="show how the engine would train, and why", add_help=False)
@@ -285,9 +293,10 @@ def _export(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _predict(args: argparse.Namespace, rest: list[str]) -> int:
-    from fedmoe import predict
+    from fedmoe import predict, textpredict
 
-    return predict.run(args.model, args.inputs, args.top, args.json, args.client)
+    text = textpredict.Wanted(tuple(args.prompt), args.tokens, args.temperature, args.seed)
+    return predict.run(args.model, args.inputs, args.top, args.json, args.client, text)
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:

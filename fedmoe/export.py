@@ -1,22 +1,22 @@
-"""`fedmoe export`: a trained client as files to serve it from: safetensors, a program of torch.export, and ONNX."""
+"""`fedmoe export`: a trained client as files to serve it from: safetensors, a program of torch.export, and ONNX.
 
-import contextlib
+A client of text is a folder of transformers, see `textexport`.
+"""
+
 import dataclasses
 import importlib.util
 import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch.export import Dim, ExportedProgram
 
-from fedmoe import checkpoint, serving
+from fedmoe import checkpoint, serving, textexport, textserving
 from fedmoe.config import EXPORTS
 from fedmoe.display import Output, say, warn
-from fedmoe.errors import UserError
+from fedmoe.errors import UsageError, UserError
 from fedmoe.experts import reason
 from fedmoe.files import whole_folder, write
 from fedmoe.serving import Card, Served
@@ -30,35 +30,45 @@ def run(folder: Path, client: int, formats: Sequence[str], aggregated: bool, out
 
     Raises UserError where there is nothing to export, nowhere to put it, or a format that was asked for fails.
     """
-    served = serving.from_run(folder, client, aggregated)
-    card = served.card
-    out = out or folder / "exports" / f"client-{client}.r{card.round}{'.aggregated' * (card.theta == 'aggregated')}"
+    one = serving.trained(folder, client, aggregated)
+    text = one.config.data.kind == "text"
+    if text and formats:
+        raise UsageError("--format is for models of images: text is exported for transformers, leave it out")
+    out = out or folder / "exports" / f"client-{client}.r{one.round}{'.aggregated' * aggregated}"
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} is there already: remove it, or choose another --out")
     with interrupting(), whole_folder(out) as made:
-        for what in dict.fromkeys(formats or EXPORTS):
-            try:
-                card = _write(what, served, card, made)
-            except OSError:
-                raise
-            except Exception as error:  # whatever exporters, and a user's model in them, raise
-                why = str(error) if isinstance(error, UserError) else reason(error)
-                if formats:
-                    raise UserError(f"--format {what}: {why}") from error
-                warn(f"no {what}: {why}")
-        write(made / serving.CARD, card.to_json().encode())
-        sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
+        if text:
+            textexport.write(textserving.from_trained(one), made, out.absolute())
+        else:
+            _images(serving.from_trained(one), formats, made)
+        files = sorted(path for path in made.rglob("*") if path.is_file())
+        sizes = {str(file.relative_to(made)): file.stat().st_size for file in files}
     for name, size in sizes.items():
         say(Output(), f"{out / name}  {size / 1e6:,.2f} MB")
+
+
+def _images(served: Served, formats: Sequence[str], folder: Path) -> None:
+    card = served.card
+    for what in dict.fromkeys(formats or EXPORTS):
+        try:
+            card = _write(what, served, card, folder)
+        except OSError:
+            raise
+        except Exception as error:  # whatever exporters, and a user's model in them, raise
+            why = str(error) if isinstance(error, UserError) else reason(error)
+            if formats:
+                raise UserError(f"--format {what}: {why}") from error
+            warn(f"no {what}: {why}")
+    write(folder / serving.CARD, card.to_json().encode())
 
 
 def _write(what: str, served: Served, card: Card, folder: Path) -> Card:
     """Write one format; the card, with what there is to tell of it."""
     if what == "safetensors":
-        tensors = serving.tensors(served.model.model)
-        state = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        state = serving.copied(serving.tensors(served.model.model))
         return dataclasses.replace(card, weights=checkpoint.write_state(folder, serving.WEIGHTS, state))
-    with _quiet():
+    with serving.quiet():
         if what == "torch.export":
             content = io.BytesIO()  # PyTorch says of a full disk only that it failed
             torch.export.save(_program(served), content)
@@ -88,17 +98,3 @@ def _onnx(served: Served, path: Path) -> None:
     )
     assert made is not None
     made.save(path)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn of their own deprecations, of operators that nobody has asked for, and print what they tried."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -84,8 +84,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with naming(file), file.open("rb") as handle:
+        for inside in temporary.rglob("*"):
+            if inside.is_dir():
+                sync_folder(inside)
+                continue
+            with naming(inside), inside.open("rb") as handle:
                 os.fsync(handle.fileno())
         sync_folder(temporary)
         temporary.chmod(0o777 & ~_umask())  # made for its owner alone

@@ -183,9 +183,17 @@ def build(config: Config, client: int, shape: tuple[int, ...], outputs: int) -> 
     """
     name = config.model.local[client % len(config.model.local)]
     local = _seeded(config.seed, "init/local", client, lambda: _expert(config.model, name, shape, outputs))
-    if config.method == "local":
+    shared = None if config.method == "local" else build_global(config, shape, outputs)
+    return assemble(config, client, local, shared, shape)
+
+
+def assemble(
+    config: Config, client: int, local: experts.Split | Language, shared: nn.Module | None, shape: tuple[int, ...]
+) -> Mixture:
+    """The mixture of these experts with an untrained gate and, where one is needed, adapter; otherwise as `build`."""
+    if shared is None:
         return Mixture(None, local, None, _head(config))
-    shared = build_global(config, shape, outputs)
+    name = config.model.local[client % len(config.model.local)]
     ours, theirs = _width(local.extractor, shape), _width(shared, shape)
     adapter = None
     if ours != theirs:

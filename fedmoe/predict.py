@@ -1,4 +1,7 @@
-"""`fedmoe predict`: what a trained client says of image files, as a table or as a line of JSON for each."""
+"""`fedmoe predict`: what a trained client says of image files, as a table or as a line of JSON for each.
+
+What a client of text goes on with after a prompt is `textpredict`'s.
+"""
 
 import json
 import sys
@@ -11,15 +14,18 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fedmoe import serving
+from fedmoe import serving, textpredict
 from fedmoe.data import FORMATS, read_image
 from fedmoe.display import Output, widen
 from fedmoe.errors import UsageError, UserError
 from fedmoe.serving import Served
 from fedmoe.sources.part import shown
+from fedmoe.textpredict import Wanted
 
 BATCH = 64
 """Images that are decoded and predicted at a time."""
+TOP = 3
+"""Classes that are told of unless more or fewer are asked for."""
 
 
 class Prediction(NamedTuple):
@@ -32,14 +38,27 @@ class Prediction(NamedTuple):
     """The experts', order [global, local]."""
 
 
-def run(model: Path, inputs: Sequence[Path], top: int, as_json: bool, client: int | None) -> int:
+def run(
+    model: Path, inputs: Sequence[Path], top: int | None, as_json: bool, client: int | None, text: Wanted | None = None
+) -> int:
     """Print what the model, an export or a client of a run, says of all images of `inputs`, files or folders.
 
     An image that cannot be predicted is told on the error stream, and the exit code, which this returns, is then 1.
+    A model of text is asked for what `text` wants.
     """
+    text = text or Wanted()
+    if serving.kind(model, client) == "text":
+        if top is not None:
+            raise UsageError(f"--top is for models of images, {model} is one of text: leave it out")
+        return textpredict.run(model, client, inputs, text, as_json)
+    if given := text.given():
+        raise UsageError(f"{given} is for models of text, {model} is one of images: leave it out")
+    if not inputs:
+        raise UsageError("no images: name image files, or folders of some")
+    top = TOP if top is None else top
     if top < 1:
         raise UsageError(f"--top is {top}, must be at least 1")
-    served = _opened(model, client)
+    served = serving.from_export(model) if client is None else serving.from_run(model, client)
     made, failed = [], False
     for answer in predictions(served, inputs, top):
         if isinstance(answer, UserError):
@@ -79,18 +98,6 @@ def predictions(served: Served, inputs: Iterable[Path], top: int) -> Iterator[Pr
             best = probabilities.topk(min(top, len(card.classes)))
             names = [card.classes[index] for index in best.indices.tolist()]
             yield Prediction(file, list(zip(names, best.values.tolist(), strict=True)), weights.tolist())
-
-
-def _opened(model: Path, client: int | None) -> Served:
-    if (model / "config.toml").is_file():
-        if client is None:
-            raise UsageError(f"{model} is a run, whose clients each have a model: say which with --client")
-        return serving.from_run(model, client)
-    if (model / serving.CARD).is_file():
-        if client is not None:
-            raise UsageError(f"{model} is an export of one client: leave --client out")
-        return serving.from_export(model)
-    raise UserError(f"{model} is neither a run, with a config.toml, nor an export, with a {serving.CARD}")
 
 
 def _found(inputs: Iterable[Path]) -> Iterator[Path | UserError]:

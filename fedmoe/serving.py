@@ -1,26 +1,36 @@
 """A trained client as a model to use, from a run or an export: images in, class probabilities and gate weights out."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedmoe import __version__, checkpoint, configfile, experts, meaning, mixture
 from fedmoe.checkpoint import Entry
-from fedmoe.client import load_data, open_client
+from fedmoe.client import Client, load_data, open_client
 from fedmoe.config import Config
 from fedmoe.data import normalize
-from fedmoe.errors import UserError
+from fedmoe.errors import UsageError, UserError
 from fedmoe.mixture import Mixture
 from fedmoe.run import reading
 
 FORMAT = 1
 CARD = "config.json"
 WEIGHTS = "model.safetensors"
+TEXT_CARD = "fedmoe.json"
+"""Of an export of text, whose `config.json` is that of transformers."""
+
+Theta = Literal["own", "aggregated", "none"]
+"""A global expert: the client's, as trained by it, or the server's."""
 
 
 class Serving(nn.Module):
@@ -53,8 +63,7 @@ class Card:
     client: int
     round: int
     """After which it was taken."""
-    theta: Literal["own", "aggregated", "none"]
-    """The global expert: the client's, as trained by it, or the server's."""
+    theta: Theta
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
     classes: tuple[str, ...]
@@ -117,7 +126,35 @@ class Served:
     model: Serving
 
 
-def from_run(run: Path, client: int, aggregated: bool = False) -> Served:
+class Trained(NamedTuple):
+    """A client as a run's last checkpoint has it."""
+
+    config: Config
+    """The run's, of the local models the client's alone."""
+    client: Client
+    round: int
+    """Of the checkpoint."""
+    theta: Theta
+
+
+def kind(model: Path, client: int | None) -> Literal["images", "text"]:
+    """The kind of data of a run or an export. Raises UserError where it is neither.
+
+    Of a run `client` must be given, of an export not.
+    """
+    if (model / "config.toml").is_file():
+        if client is None:
+            raise UsageError(f"{model} is a run, whose clients each have a model: say which with --client")
+        return configfile.read(model / "config.toml").data.kind
+    text = (model / TEXT_CARD).is_file()
+    if text or (model / CARD).is_file():
+        if client is not None:
+            raise UsageError(f"{model} is an export of one client: leave --client out")
+        return "text" if text else "images"
+    raise UserError(f"{model} is neither a run, with a config.toml, nor an export, with a {CARD}")
+
+
+def trained(run: Path, client: int, aggregated: bool = False) -> Trained:
     """Client `client` as the run's last checkpoint has it, `aggregated`: with the server's theta in place of its own.
 
     Raises UserError where there is no such client, it has not trained yet, or the run is not as it was left.
@@ -131,25 +168,37 @@ def from_run(run: Path, client: int, aggregated: bool = False) -> Served:
             one = next(iter(manifest.clients), None)
             others = "nobody has" if one is None else f"others have, such as client {one}"
             raise UserError(f"client {client} has not trained in {manifest.round} rounds, {others}: train on")
+        if config.model.attention == "flash_attention_2":  # which no CPU has; what it computes is the same
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="sdpa"))
         opened = open_client(config, client, run, torch.device("cpu"))
         if aggregated:
             if opened.global_expert is None:
                 raise UserError('there is nothing aggregated with method = "local": leave --aggregated out')
             mixture.unpack(checkpoint.load(run, manifest.server), mixture.theta_tensors(opened.global_expert))
-        classes = load_data(config.data, config.seed).classes
-    _, channels, height, width = opened.inputs.shape
     own = dataclasses.replace(config.model, local=(opened.model,))
-    theta: Literal["own", "aggregated", "none"] = "aggregated" if aggregated else "own"
+    theta: Theta = "none" if opened.global_expert is None else "aggregated" if aggregated else "own"
+    return Trained(dataclasses.replace(config, model=own), opened, manifest.round, theta)
+
+
+def from_run(run: Path, client: int, aggregated: bool = False) -> Served:
+    """The same, of images, to use."""
+    return from_trained(trained(run, client, aggregated))
+
+
+def from_trained(one: Trained) -> Served:
+    """A client of images to use."""
+    config, client = one.config, one.client
+    _, channels, height, width = client.inputs.shape
     card = Card(
-        client=client,
-        round=manifest.round,
-        theta="none" if opened.global_expert is None else theta,
+        client=client.id,
+        round=one.round,
+        theta=one.theta,
         shape=(channels, height, width),
-        classes=classes,
-        width=experts.width(opened.mixture.local_expert, (channels, height, width)),
-        config=dataclasses.replace(config, model=own),
+        classes=load_data(config.data, config.seed).classes,
+        width=experts.width(client.mixture.local_expert, (channels, height, width)),
+        config=config,
     )
-    return Served(card, Serving(opened.mixture, config.data.mean, config.data.std))
+    return Served(card, Serving(client.mixture, config.data.mean, config.data.std))
 
 
 def from_export(folder: Path) -> Served:
@@ -159,20 +208,43 @@ def from_export(folder: Path) -> Served:
         raise UserError(f"{folder} has no {WEIGHTS}: export it again with --format safetensors among others")
     state = checkpoint.read_state(folder, card.weights, CARD)
     model = mixture.build(card.config, 0, card.shape, len(card.classes))
-    ours = {name: (t.dtype, list(t.shape)) for name, t in tensors(model).items()}
-    theirs = {name: (t.dtype, list(t.shape)) for name, t in state.items()}
-    if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-        has, wants = (_described(kind.get(odd[0])) for kind in (theirs, ours))
-        raise UserError(f"{folder / WEIGHTS}: tensor {odd[0]!r} is {has}, its models have {wants}: export it again")
-    with torch.no_grad():
-        for name, tensor in tensors(model).items():
-            tensor.copy_(state[name])
+    fill(tensors(model), state, folder / WEIGHTS)
     return Served(card, Serving(model, card.config.data.mean, card.config.data.std))
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that a model is, by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def fill(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors by name. Raises UserError naming the first that does not fit, and `path`, the file they are from."""
+    mine, given = ({name: (t.dtype, list(t.shape)) for name, t in some.items()} for some in (ours, theirs))
+    if odd := sorted(name for name in mine.keys() | given.keys() if mine.get(name) != given.get(name)):
+        has, wants = (_described(kind.get(odd[0])) for kind in (given, mine))
+        raise UserError(f"{path}: tensor {odd[0]!r} is {has}, its models have {wants}: export it again")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
+
+
+def copied(some: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies to write to a file."""
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in some.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries warn of their own deprecations, of what nobody has asked for, and print what they tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _described(kind: Any) -> str:

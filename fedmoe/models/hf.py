@@ -112,7 +112,9 @@ def load(auto: str, source: Source, options: settings.Model) -> tuple[Any, set[s
             'model.attention is "flash_attention_2", which needs a GPU and the package flash-attn: install it, or set '
             '"sdpa"'
         )
-    chosen: dict[str, Any] = {"dtype": tuning.body_dtype(options), "trust_remote_code": False}
+    # With "frozen" the header trains, and must not be rounded.
+    dtype = tuning.body_dtype(options) if options.tune == "lora" else torch.float32
+    chosen: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if options.attention != "sdpa":
         chosen["attn_implementation"] = options.attention
     elif auto == CAUSAL:
