@@ -12,6 +12,7 @@ LARGEST = {
     "seed": 2**63 - 1,
     "run.threads": 1024,
     "data.image_size": 4096,
+    "model.lora_rank": 2**14,
     "data.sequence_length": 2**20,
     "gate.hidden": 2**20,
     "training.momentum": 0.9999,
@@ -49,6 +50,8 @@ def check(config: Config) -> None:
         raise UserError(f"static_weight is {config.static_weight}, must be from 0 to 1")
     if not config.model.local:
         raise UserError("model.local is empty, must name at least one model, such as cnn-1")
+    if "" in config.model.lora_targets:
+        raise UserError("model.lora_targets has an empty name, must name linear layers, such as q_proj")
     if not config.data.name:
         raise UserError("data.name is empty, must be digits, a file or folder, or a data set's name")
     if config.data.sequence_length < 2:
@@ -144,7 +147,8 @@ def unused(config: Config) -> dict[str, str]:
     ]
     of_images = ["data.image", "data.image_size", "data.mean", "data.std", "training.augment"]
     of_text = ["data.text", "data.tokenizer", "data.sequence_length"]
-    of_text += [f"model.{name}" for name in ("weights", "tune", "attention", "activation_checkpointing")]
+    of_tune = ["model.tune", "model.frozen_dtype", *(f"model.{name}" for name in lora)]
+    of_library = ["model.weights", "model.attention", "model.activation_checkpointing", *of_tune]
     without = {
         "data.kind": {"images": of_text, "text": of_images}[config.data.kind],
         "method": {"fedmoe": ["static_weight"], "static": shared, "local": ["static_weight", *alone]}[config.method],
@@ -155,6 +159,7 @@ def unused(config: Config) -> dict[str, str]:
         "training.batch_size": ["training.micro_batch"] * (config.training.micro_batch >= config.training.batch_size),
         "server.aggregation": [name for name in of_server[1:] if name.removeprefix("server.") not in used],
         "server.clip_norm": ["server.clip_factor"] if "clip_norm" in used and server.clip_norm else [],
+        "model.local": _without_library(config, of_tune, of_library),
         "model.tune": [f"model.{name}" for name in {"full": [*lora, "frozen_dtype"], "frozen": lora}.get(tune, [])],
         "attack.kind": {"none": ["attack.clients", "attack.factor"], "nan": ["attack.factor"]}.get(
             config.attack.kind, []
@@ -173,6 +178,15 @@ def unused(config: Config) -> dict[str, str]:
         }[config.engine.kind],
     }
     return {name: f"{cause} = {json.dumps(values[cause])}" for cause, names in without.items() for name in names}
+
+
+def _without_library(config: Config, of_tune: list[str], of_library: list[str]) -> list[str]:
+    """Which fields of transformers' models have no effect with these models."""
+    shared = () if config.method == "local" else (config.model.global_expert,)
+    named = [name.startswith("hf/") for name in (*config.model.local, *shared)]
+    if config.data.kind == "text":
+        return [] if any(named) else ["model.weights"]
+    return [] if any(named[: len(config.model.local)]) else of_tune if any(named) else of_library
 
 
 def ignored(config: Config) -> list[str]:
