@@ -86,6 +86,8 @@ class Card:
             if card.theta not in get_args(Theta):
                 raise ValueError(f"theta {card.theta!r}")
             names = [entry.file for entry in files]
+            if not all(type(e.bytes) is int and isinstance(e.sha256, str) for e in files):
+                raise ValueError("files without size and SHA-256")
             for name in names:
                 if names.count(name) > 1 or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                     raise ValueError(f"file {name!r}")

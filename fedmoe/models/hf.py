@@ -160,6 +160,10 @@ def split(name: str, whole: "PreTrainedModel", model: Model) -> Language:
     made = Language(Body(whole), header, softcap)
     if header.weight.device.type != "meta":
         _check(name, made)
+    if model.tune != "full" and model.frozen_dtype == "bf16":
+        for parameter in whole.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     if model.activation_checkpointing:
         if not whole.supports_gradient_checkpointing:
             raise UserError(f"language model {name!r} has no activation checkpointing: leave it off, or choose another")
@@ -237,10 +241,6 @@ def _tune(whole: "PreTrainedModel", header: nn.Linear, model: Model) -> None:
             )
     elif header.weight is not whole.get_input_embeddings().weight:
         header.requires_grad_(True)
-    if model.frozen_dtype == "bf16":
-        for parameter in whole.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _check(name: str, made: Language) -> None:
