@@ -62,7 +62,7 @@ def served(name: str = "llama-nano", method: Any = "fedmoe", shared: str = "llam
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     theta: Any = "none" if method == "local" else "own"
     known: Any = {"vocabulary": V, "tokenizer": tokenizer.fingerprint, "config": config}
     return textserving._served(Card(client=3, round=7, theta=theta, **known), model, tokenizer)
