@@ -342,3 +342,14 @@ def test_whatever_stands_in_a_file_is_read_or_one_line(tmp_path: Path, lines: li
         assert str(error).startswith(str(path)) and "\n" not in str(error)
     else:
         assert found.windows.min() >= 0 and found.windows.max() <= 256
+
+
+def test_all_lines_say_whose_they_are_or_none_does(tmp_path: Path) -> None:
+    lines = ['{"text": "abcdefgh"}', '{"text": "ijklmnop", "source": "x"}']
+    for order, said in (
+        (lines, "line 2: has a field 'source', .*line 1 has none: give all one, or none"),
+        (lines[::-1], "line 2: no field 'source' among 'text'"),
+    ):
+        (tmp_path / "a.jsonl").write_text("\n".join(order))
+        with pytest.raises(UserError, match=said):
+            text.load(Data(kind="text", name=str(tmp_path / "a.jsonl"), sequence_length=4))

@@ -138,7 +138,7 @@ def _of_lines(root: Path, sources: dict[Path, str], config: Data) -> Iterator[Do
     """A document for each line, which is an object of JSON; the split is what a file's name begins with."""
     splits = {path: path.stem.split("-")[0] for path in sources}
     chosen = choose(config.splits, set(splits.values()), shown(root))
-    text, label = config.text, config.label
+    text, label, first = config.text, config.label, ""
     for path, source in sources.items():
         if splits[path] not in chosen:
             continue
@@ -151,7 +151,10 @@ def _of_lines(root: Path, sources: dict[Path, str], config: Data) -> Iterator[Do
                 if not read.strip():
                     continue
                 record = _record(read, place)
-                label = label or ("source" if "source" in record else "")
+                if not first:
+                    first, label = place, label or ("source" if "source" in record else "")
+                if not label and "source" in record:
+                    raise UserError(f"{place}: has a field 'source', {first} has none: give all one, or none")
                 text = text or _text_field(record, label, place)
                 whose = _field(record, label, place, "label") if label else source
                 written = _field(record, text, place, "text")
