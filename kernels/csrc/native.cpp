@@ -75,7 +75,9 @@ std::vector<double> squared_norms(const std::vector<Buffer>& updates, const Buff
   const Updates all(updates);
   all.check_center(center);
   std::vector<double> found(updates.size());
-  run(threads, [&](fedmoe::Work work) { return fedmoe::squared_norms(found.data(), inputs_of(all), center.data(), work); });
+  run(threads, [&](fedmoe::Work work) {
+    return fedmoe::squared_norms(found.data(), inputs_of(all), center.data(), work);
+  });
   return found;
 }
 

@@ -145,11 +145,13 @@ void device_arithmetic(Kind kind, Kind out_kind, std::size_t clients, std::size_
     }
   };
   fedmoe::weighted_mean(to, inputs, weights, {});
-  check("mean on the device", [&](std::size_t i) { return device::mean<Type>(data.data(), clients, weights.data(), total, i); });
+  check("mean on the device",
+        [&](std::size_t i) { return device::mean<Type>(data.data(), clients, weights.data(), total, i); });
   fedmoe::median(to, inputs, {});
   check("median on the device", [&](std::size_t i) { return device::median<Type>(data.data(), clients, i); });
   fedmoe::trimmed_mean(to, inputs, trim, {});
-  check("trimmed mean on the device", [&](std::size_t i) { return device::trimmed_mean<Type>(data.data(), clients, trim, i); });
+  check("trimmed mean on the device",
+        [&](std::size_t i) { return device::trimmed_mean<Type>(data.data(), clients, trim, i); });
 }
 
 // As a block of the device does: stripes folded in halves, tiles in their order.
