@@ -22,25 +22,36 @@ def supported(tensors: Sequence[Tensor]) -> tuple[bool, str]:
     """Whether the extension takes these updates, and the result after them if there is one; if not, why."""
     if module is None:
         return False, f"the native extension is missing ({missing}); `pip install .` builds it"
+    reason = misfit(tensors, "cpu")
+    return not reason, reason
+
+
+def misfit(tensors: Sequence[Tensor], device: str) -> str:
+    """Why the extensions cannot read one of these tensors, on devices of this type; empty if they can."""
     for k, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
-            return False, f"tensor {k} is on {tensor.device}, not cpu"
+        if tensor.device.type != device:
+            return f"tensor {k} is on {tensor.device}, not {device}"
         if tensor.dtype not in FLOATS:
-            return False, f"tensor {k} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
+            return f"tensor {k} is {tensor.dtype}, not one of {', '.join(map(str, FLOATS))}"
         if not tensor.is_contiguous():
-            return False, f"tensor {k} is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            return f"tensor {k} is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         if tensor.data_ptr() % tensor.itemsize:
-            return False, f"tensor {k} begins at an address that is not a multiple of its {tensor.itemsize} bytes"
-    return True, ""
+            return f"tensor {k} begins at an address that is not a multiple of its {tensor.itemsize} bytes"
+    return ""
+
+
+def mixed(updates: Sequence[Tensor]) -> str:
+    """Which update has not the first one's dtype, or an empty string."""
+    for k, update in enumerate(updates):
+        if update.dtype != updates[0].dtype:
+            return f"tensor {k} is {update.dtype}, tensor 0 is {updates[0].dtype}"
+    return ""
 
 
 def extension(caller: str, updates: Sequence[Tensor], out: Tensor | None = None) -> ModuleType:
     """The extension, for updates of one dtype; ValueError with the reason where it does not take them."""
     able, reason = supported([*updates, *([] if out is None else [out])])
-    for k, update in enumerate(updates):
-        if able and update.dtype != updates[0].dtype:
-            able, reason = False, f"tensor {k} is {update.dtype}, tensor 0 is {updates[0].dtype}"
-    if not able:
+    if not able or (reason := mixed(updates)):
         raise ValueError(f"{caller}: {reason}")
     assert module is not None
     return module

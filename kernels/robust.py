@@ -7,8 +7,8 @@ trimmed mean); P. Blanchard et al., Machine learning with adversaries: Byzantine
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def trimmed_mean(
     fit.
     """
     count = len(updates)
-    _check_trim(updates, trim, out)
+    check_trim(updates, trim, out)
     stacked = torch.stack([update.detach().float() for update in updates])
     ordered = stacked.sort(0).values
     low, high = ordered[trim] + 0.0, ordered[count - 1 - trim] + 0.0
@@ -60,6 +60,13 @@ def trimmed_mean(
     total = (total + lows * low.double()) + highs * high.double()
     mean = torch.where(low == high, low.double(), total / (count - 2 * trim))
     return mean.float() if out is None else put(mean, out)
+
+
+def check_trim(updates: Sequence[Tensor], trim: int, out: Tensor | None) -> None:
+    """Raise ValueError, naming both values, unless shapes are equal and some of the updates are left."""
+    native.check("trimmed_mean", updates, out=out)
+    if not 0 <= 2 * trim < len(updates):
+        raise ValueError(f"trim is {trim}, must leave some of {len(updates)} updates")
 
 
 def squared_norms(
@@ -89,7 +96,7 @@ def median_native(updates: Sequence[Tensor], out: Tensor | None = None) -> Tenso
 
 def trimmed_mean_native(updates: Sequence[Tensor], trim: int, out: Tensor | None = None) -> Tensor:  # [P]
     """`trimmed_mean` in C++, the same number, for contiguous updates of one dtype on the CPU; `out` likewise."""
-    _check_trim(updates, trim, out)
+    check_trim(updates, trim, out)
     return _into(out, "trimmed_mean_native", updates, "trimmed_mean", trim)
 
 
@@ -110,23 +117,36 @@ def squared_distances_native(updates: Sequence[Tensor]) -> Tensor:  # fp64 [K, K
     return found.view(len(updates), -1)
 
 
+class Reductions(NamedTuple):
+    """What `clipped_mean` and `krum` are made of; these choose, on the host, whoever computes it."""
+
+    weighted_mean: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+    squared_norms: Callable[[Sequence[Tensor], Tensor], list[float]]
+    squared_distances: Callable[[Sequence[Tensor]], Tensor]
+
+
+PLAIN = Reductions(weighted_mean, squared_norms, squared_distances)
+NATIVE = Reductions(weighted_mean_native, squared_norms_native, squared_distances_native)
+
+
 def clipped_mean(
     updates: Sequence[Tensor],  # K of [P]
     weights: Sequence[float],  # [K]
     center: Tensor,  # [P], what the updates began from
     norm: float | None = None,
     factor: float = 1.0,
+    by: Reductions | None = None,  # native where it can be
 ) -> Tensor:  # [P] fp32
     """c + Σ w_k min(1, norm / ‖x_k − c‖) (x_k − c) / Σ w_k: no update moves the mean by more than `norm`.
 
     Without a norm it is `factor` times the median of ‖x_k − c‖. Computed as the weighted mean of the updates, with the
-    weights w_k s_k for scales s_k, and of c, with what is left of the weights; native where it can be. Raises
-    ValueError as `weighted_mean` does, and where ‖x_k − c‖ is not finite, or the norm is negative or NaN.
+    weights w_k s_k for scales s_k, and of c, with what is left of the weights. Raises ValueError as
+    `weighted_mean` does, and where ‖x_k − c‖ is not finite, or the norm is negative or NaN.
     """
     check_weighted("clipped_mean", updates, weights, center=center)
     together = [*updates, center]
-    fast = _fast(together)
-    norms = [math.sqrt(square) for square in (squared_norms_native if fast else squared_norms)(updates, center)]
+    by = by or _fastest(together)
+    norms = [math.sqrt(square) for square in by.squared_norms(updates, center)]
     for k, length in enumerate(norms):
         if not math.isfinite(length):
             raise ValueError(f"updates[{k}] is at the distance {length} from the center, expected finite")
@@ -136,18 +156,19 @@ def clipped_mean(
     scales = [most / length if length > most else 1.0 for length in norms]
     left = math.fsum(weight * (1 - scale) for weight, scale in zip(weights, scales, strict=True))
     shares = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
-    return (weighted_mean_native if fast else weighted_mean)(together, [*shares, left])
+    return by.weighted_mean(together, [*shares, left])
 
 
 def krum(
     updates: Sequence[Tensor],  # K of [P]
     byzantine: int,  # f, 2 f + 2 < K
     chosen: int = 1,  # m
+    by: Reductions | None = None,  # native where it can be
 ) -> list[int]:
     """The m updates of the lowest Krum score, ascending by place: Σ ‖x_k − x_l‖² over the K − f − 2 nearest others.
 
-    Among equal scores the first counts as the lowest. Native where it can be. Raises ValueError where shapes differ,
-    f is negative, or there are too few updates, naming the numbers.
+    Among equal scores the first counts as the lowest. Raises ValueError where shapes differ, f is negative, or there
+    are too few updates, naming the numbers.
     """
     count = len(updates)
     if byzantine < 0:
@@ -156,14 +177,14 @@ def krum(
         raise ValueError(f"krum needs 2 * {byzantine} + 3 = {2 * byzantine + 3} updates, got {count}")
     if not 1 <= chosen <= count:
         raise ValueError(f"cannot choose {chosen} of {count} updates")
-    distances = (squared_distances_native if _fast(updates) else squared_distances)(updates)
+    distances = (by or _fastest(updates)).squared_distances(updates)
     # The first is an update's distance to itself, or another 0.
     scores = distances.sort(1).values[:, 1 : count - byzantine - 1].sum(1)
     return sorted(scores.sort(stable=True).indices[:chosen].tolist())
 
 
-def _fast(updates: Sequence[Tensor]) -> bool:
-    return native.supported(updates)[0] and len({update.dtype for update in updates}) == 1
+def _fastest(updates: Sequence[Tensor]) -> Reductions:
+    return NATIVE if native.supported(updates)[0] and not native.mixed(updates) else PLAIN
 
 
 def _into(out: Tensor | None, caller: str, updates: Sequence[Tensor], rule: str, *arguments: Any) -> Tensor:
@@ -172,9 +193,3 @@ def _into(out: Tensor | None, caller: str, updates: Sequence[Tensor], rule: str,
         out = torch.empty_like(updates[0], dtype=torch.float32, requires_grad=False)
     getattr(extension, rule)(out.detach(), [update.detach() for update in updates], *arguments, native.threads())
     return out
-
-
-def _check_trim(updates: Sequence[Tensor], trim: int, out: Tensor | None) -> None:
-    native.check("trimmed_mean", updates, out=out)
-    if not 0 <= 2 * trim < len(updates):
-        raise ValueError(f"trim is {trim}, must leave some of {len(updates)} updates")

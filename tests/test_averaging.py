@@ -248,30 +248,3 @@ def test_missing_extension_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native, "module", None)
     supported, reason = weighted_mean_native_supported([torch.ones(2)])
     assert not supported and "pip install" in reason
-
-
-HAS_CUDA_PART = importlib.util.find_spec("fedmoe.kernels._native_cuda") is not None
-needs_cuda_part = pytest.mark.skipif(not HAS_CUDA_PART, reason="fedmoe.kernels._native_cuda: no nvcc at build time")
-
-
-@needs_cuda_part
-def test_cuda_part_reports_devices_or_the_reason() -> None:
-    count, reason = importlib.import_module("fedmoe.kernels._native_cuda").device_count()
-    assert count >= 0 and bool(reason) == (count == 0)
-
-
-@needs_cuda_part
-def test_cuda_part_checks_and_gives_cudas_reason_without_a_device() -> None:
-    cuda = importlib.import_module("fedmoe.kernels._native_cuda")
-    one, two = torch.ones(4), torch.zeros(4)
-    for rule, updates, weights, trim, message in (
-        ("best", [one], [1.0], 0, "rule is 'best', expected mean, median or trimmed_mean"),
-        ("mean", [], [], 0, "at least one update is needed, got 0"),
-        ("mean", [one], [], 0, "1 updates, but 0 weights"),
-        ("trimmed_mean", [one, one], [], 1, "trim is 1, must leave some of 2 updates"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            cuda.aggregate_paged(rule, two.data_ptr(), [u.data_ptr() for u in updates], weights, trim, 4, 2)
-    if not cuda.device_count()[0]:
-        with pytest.raises(RuntimeError, match="median of 1 clients, paged: "):
-            cuda.aggregate_paged("median", two.data_ptr(), [one.data_ptr()], [], 0, 4, 2)

@@ -18,7 +18,7 @@ constexpr std::size_t kTile = 4096;
 // Lanes that a thread takes at a time when it orders coordinates: two pages of every client.
 constexpr std::size_t kOrdered = 32 * kLanes;
 // 4 KiB of each client: those of 100 stay in the second-level cache while all pairs are compared.
-constexpr std::size_t kCompared = 1024;
+constexpr std::size_t kCompared = kPairTile;
 
 std::vector<const Loops*> available() {
   std::vector<const Loops*> found;
@@ -133,8 +133,9 @@ bool squared_norms(double* distances, const Inputs& inputs, const void* center, 
   return in_parallel(inputs.data.size(), work.threads, work.stop, [&] {
     return [&](std::size_t k) {
       double sum = 0.0;
-      for (std::size_t start = 0; start < inputs.size; start += kTile)
-        sum += with.squared_distance(inputs.kind, inputs.data[k], center, start, std::min(kTile, inputs.size - start));
+      for (std::size_t start = 0; start < inputs.size; start += kNormTile)
+        sum += with.squared_distance(inputs.kind, inputs.data[k], center, start,
+                                     std::min(kNormTile, inputs.size - start));
       distances[k] = sum;
     };
   });

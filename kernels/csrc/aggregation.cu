@@ -1,176 +1,311 @@
 // Aggregation on the device: a thread a coordinate; neighbours read neighbouring numbers of one client after another.
+// Squares: a block a sum, whose tiles are added in their order, without atomics.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "aggregation_cuda.h"
+#include "coordinates.h"
 
 namespace fedmoe {
 namespace {
 
+using namespace coordinates;
+
 constexpr unsigned kThreads = 128;
+constexpr unsigned kSquareThreads = 512;
+constexpr unsigned kTilesAtATime = kSquareThreads / kStripes;
 
-__device__ inline std::int32_t flip(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+// What a kernel reads, all of it in device memory.
+struct Held {
+  const void* const* updates;
+  const double* weights;
+  const void* center;
+  double* sums;  // of squares, added to
+};
 
-__device__ inline std::int32_t key(float x) {
-  const std::int32_t bits = __float_as_int(x);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : flip(bits);
-}
+// ---- kernels
 
-__device__ inline float number(std::int32_t key) { return __int_as_float(flip(key)) + 0.0f; }
+template <class Type>
+struct Mean {
+  const void* const* updates;
+  std::size_t clients;
+  const double* weights;
+  double total;
+  __device__ float operator()(std::size_t i) const { return mean<Type>(updates, clients, weights, total, i); }
+};
 
-// Product and sum rounded apart, as on the host.
-__global__ void mean(float* out, const float* const* updates, const double* weights, std::size_t clients,
-                     std::size_t size) {
+template <class Type>
+struct Median {
+  const void* const* updates;
+  std::size_t clients;
+  __device__ float operator()(std::size_t i) const { return median<Type>(updates, clients, i); }
+};
+
+template <class Type>
+struct TrimmedMean {
+  const void* const* updates;
+  std::size_t clients, trim;
+  __device__ float operator()(std::size_t i) const { return trimmed_mean<Type>(updates, clients, trim, i); }
+};
+
+// No __restrict__: the result may be one of the updates.
+template <class Out, class Each>
+__global__ void coordinatewise(void* out, std::size_t size, Each each) {
   const std::size_t i = std::size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  double sum = 0.0, total = 0.0;
-  for (std::size_t k = 0; k < clients; ++k) {
-    sum = __dadd_rn(sum, __dmul_rn(weights[k], static_cast<double>(updates[k][i])));
-    total = __dadd_rn(total, weights[k]);
-  }
-  out[i] = static_cast<float>(sum / total);
+  if (i < size) static_cast<typename Out::Stored*>(out)[i] = Out::narrow(each(i));
 }
 
-// The key of rank `rank` among those of coordinate i, by bisection; all passes but the first find them in the cache.
-__device__ std::int32_t select(const float* const* updates, std::size_t clients, std::size_t rank, std::size_t i) {
-  std::int32_t low = INT32_MAX, high = INT32_MIN;
-  for (std::size_t k = 0; k < clients; ++k) {
-    const std::int32_t x = key(updates[k][i]);
-    low = min(low, x);
-    high = max(high, x);
+// By all of a block: adds Σ_i (a[i] - b[i])² to *sum, tile after tile; a tile is that of kStripes threads.
+template <class Type>
+__device__ void add_squares(double* sum, const void* a, const void* b, std::size_t size, std::size_t tile) {
+  __shared__ double tiles[kTilesAtATime];
+  const unsigned stripe = threadIdx.x % kStripes, own = threadIdx.x / kStripes;
+  double total = threadIdx.x == 0 ? *sum : 0.0;
+  for (std::size_t first = 0; first < size; first += kTilesAtATime * tile) {
+    const std::size_t start = first + own * tile;
+    double x = 0.0;
+    if (start < size) x = squared_stripe<Type>(a, b, start, min(tile, size - start), stripe);
+    for (unsigned half = kStripes / 2; half; half /= 2) x += __shfl_down_sync(0xffffffff, x, half, kStripes);
+    if (stripe == 0) tiles[own] = x;
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (double each : tiles) total += each;  // 0 beyond the last
+    __syncthreads();
   }
-  while (low < high) {
-    const std::int32_t middle = (low & high) + ((low ^ high) >> 1);  // rounded down, without overflow
-    std::size_t below = 0;
-    for (std::size_t k = 0; k < clients; ++k) below += key(updates[k][i]) <= middle;
-    if (below > rank)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
+  if (threadIdx.x == 0) *sum = total;
 }
 
-__global__ void median(float* out, const float* const* updates, std::size_t clients, std::size_t size) {
-  const std::size_t i = std::size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  const std::int32_t low = select(updates, clients, (clients - 1) / 2, i);
-  const std::int32_t high = clients % 2 ? low : select(updates, clients, clients / 2, i);
-  const double both = static_cast<double>(number(low)) + static_cast<double>(number(high));
-  out[i] = low == high ? number(low) : static_cast<float>(both / 2);
+template <class Type>
+__global__ void squared_norms(Held held, std::size_t size) {
+  add_squares<Type>(held.sums + blockIdx.x, held.updates[blockIdx.x], held.center, size, kNormTile);
 }
 
-__global__ void trimmed_mean(float* out, const float* const* updates, std::size_t clients, std::size_t trim,
-                             std::size_t size) {
-  const std::size_t i = std::size_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  const std::int32_t low = select(updates, clients, trim, i), high = select(updates, clients, clients - 1 - trim, i);
-  if (low == high) {
-    out[i] = number(low);
-    return;
-  }
-  double sum = 0.0;
-  std::size_t lower = 0, upper = 0;
-  for (std::size_t k = 0; k < clients; ++k) {
-    const float x = updates[k][i];
-    const std::int32_t own = key(x);
-    if (own > low && own < high) sum += static_cast<double>(x);
-    lower += own <= low;
-    upper += own >= high;
-  }
-  const double a = __dmul_rn(static_cast<double>(lower - trim), static_cast<double>(number(low)));
-  const double b = __dmul_rn(static_cast<double>(upper - trim), static_cast<double>(number(high)));
-  out[i] = static_cast<float>(__dadd_rn(__dadd_rn(sum, a), b) / static_cast<double>(clients - 2 * trim));
+// A block for each pair, the later client's row; the others end at once.
+template <class Type>
+__global__ void squared_distances(Held held, std::size_t size) {
+  const std::size_t k = blockIdx.x, l = blockIdx.y;
+  if (l < k) add_squares<Type>(held.sums + k * gridDim.x + l, held.updates[k], held.updates[l], size, kPairTile);
 }
 
-cudaError_t launch(Rule rule, float* out, const float* const* updates, const double* weights, std::size_t clients,
-                   std::size_t trim, std::size_t size, cudaStream_t stream) {
-  if (size == 0) return cudaSuccess;
+template <class Type, class Each>
+void launch_each(const Job& job, void* out, std::size_t size, Each each, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((size + kThreads - 1) / kThreads);
-  switch (rule) {
-    case Rule::kMean: mean<<<blocks, kThreads, 0, stream>>>(out, updates, weights, clients, size); break;
-    case Rule::kMedian: median<<<blocks, kThreads, 0, stream>>>(out, updates, clients, size); break;
-    case Rule::kTrimmedMean: trimmed_mean<<<blocks, kThreads, 0, stream>>>(out, updates, clients, trim, size); break;
-  }
+  of(job.out_kind, [&](auto to) {
+    coordinatewise<decltype(to)><<<blocks, kThreads, 0, stream>>>(out, size, each);
+  });
+}
+
+// `size` coordinates of what is held, to `out` or its sums; the job says how.
+cudaError_t launch(const Job& job, const Held& held, void* out, std::size_t size, cudaStream_t stream) {
+  const auto clients = static_cast<unsigned>(job.clients);
+  of(job.kind, [&](auto type) {
+    using Type = decltype(type);
+    switch (job.rule) {
+      case Rule::kMean: {
+        double total = 0.0;
+        for (std::size_t k = 0; k < job.clients; ++k) total += job.weights[k];
+        launch_each<Type>(job, out, size, Mean<Type>{held.updates, job.clients, held.weights, total}, stream);
+        break;
+      }
+      case Rule::kMedian: launch_each<Type>(job, out, size, Median<Type>{held.updates, job.clients}, stream); break;
+      case Rule::kTrimmedMean:
+        launch_each<Type>(job, out, size, TrimmedMean<Type>{held.updates, job.clients, job.trim}, stream);
+        break;
+      case Rule::kSquaredNorms: squared_norms<Type><<<clients, kSquareThreads, 0, stream>>>(held, size); break;
+      case Rule::kSquaredDistances:
+        squared_distances<Type><<<dim3(clients, clients), kSquareThreads, 0, stream>>>(held, size);
+        break;
+    }
+  });
   return cudaGetLastError();
 }
 
-// One of two rooms: a chunk of every client, the result of it, and their addresses.
-struct Room {
+// ---- memory
+
+std::size_t sums_of(const Job& job) {
+  if (job.rule == Rule::kSquaredNorms) return job.clients;
+  return job.rule == Rule::kSquaredDistances ? job.clients * job.clients : 0;
+}
+
+// The lower triangle is what the device finds.
+void mirror(const Job& job) {
+  if (job.rule != Rule::kSquaredDistances) return;
+  auto* to = static_cast<double*>(job.out);
+  for (std::size_t k = 0; k < job.clients; ++k)
+    for (std::size_t l = 0; l < k; ++l) to[l * job.clients + k] = to[k * job.clients + l];
+}
+
+// Device memory that is taken and given back in the order of a stream.
+struct Memory {
   cudaStream_t stream = nullptr;
-  float* chunks = nullptr;
-  float* out = nullptr;
-  const float** addresses = nullptr;
-  double* weights = nullptr;
+  void* data = nullptr;
 
-  cudaError_t open(const double* host_weights, std::size_t clients, std::size_t chunk) {
-    if (cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) return error;
-    if (cudaError_t error = cudaMalloc(&chunks, clients * chunk * sizeof(float))) return error;
-    if (cudaError_t error = cudaMalloc(&out, chunk * sizeof(float))) return error;
-    if (cudaError_t error = cudaMalloc(&addresses, clients * sizeof(float*))) return error;
-    if (cudaError_t error = cudaMalloc(&weights, clients * sizeof(double))) return error;
-    std::vector<const float*> own(clients);
-    for (std::size_t k = 0; k < clients; ++k) own[k] = chunks + k * chunk;
-    // On this stream, which waits for no other: cudaMemcpy of pageable memory may return before the device has it.
-    if (cudaError_t error =
-            cudaMemcpyAsync(addresses, own.data(), clients * sizeof(float*), cudaMemcpyHostToDevice, stream))
-      return error;
-    if (host_weights)
-      if (cudaError_t error =
-              cudaMemcpyAsync(weights, host_weights, clients * sizeof(double), cudaMemcpyHostToDevice, stream))
-        return error;
-    return cudaStreamSynchronize(stream);
+  cudaError_t open(std::size_t bytes, cudaStream_t on) {
+    stream = on;
+    return bytes ? cudaMallocAsync(&data, bytes, stream) : cudaSuccess;
   }
-
-  ~Room() {
-    if (stream) cudaStreamSynchronize(stream);  // what failed must not write into memory that is gone
-    cudaFree(weights);
-    cudaFree(addresses);
-    cudaFree(out);
-    cudaFree(chunks);
-    if (stream) cudaStreamDestroy(stream);
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    if (data) cudaFreeAsync(data, stream);
   }
 };
 
-cudaError_t paged(Rule rule, float* out, const float* const* updates, const double* weights, std::size_t clients,
-                  std::size_t trim, std::size_t size, std::size_t chunk) {
+// Addresses, weights and sums beside them, for kernels on a stream.
+struct Lists {
+  Memory addresses, weights, sums;
+
+  // `updates` is in host memory that may be pageable: it is read before this returns.
+  cudaError_t open(const Job& job, const void* const* updates, bool with_sums, cudaStream_t stream) {
+    const std::size_t bytes = job.clients * sizeof(double), all = with_sums ? sums_of(job) * sizeof(double) : 0;
+    if (cudaError_t error = addresses.open(job.clients * sizeof(void*), stream)) return error;
+    if (cudaError_t error = cudaMemcpyAsync(addresses.data, updates, job.clients * sizeof(void*),
+                                            cudaMemcpyHostToDevice, stream))
+      return error;
+    if (job.weights) {
+      if (cudaError_t error = weights.open(bytes, stream)) return error;
+      if (cudaError_t error = cudaMemcpyAsync(weights.data, job.weights, bytes, cudaMemcpyHostToDevice, stream))
+        return error;
+    }
+    if (cudaError_t error = sums.open(all, stream)) return error;
+    return all ? cudaMemsetAsync(sums.data, 0, all, stream) : cudaSuccess;
+  }
+
+  Held held(const void* center) const {
+    return {static_cast<const void* const*>(addresses.data), static_cast<const double*>(weights.data), center,
+            static_cast<double*>(sums.data)};
+  }
+};
+
+// The sums, on the stream that their last kernel is on; waits.
+cudaError_t fetch_sums(const Job& job, const double* sums, cudaStream_t stream) {
+  if (cudaError_t error =
+          cudaMemcpyAsync(job.out, sums, sums_of(job) * sizeof(double), cudaMemcpyDeviceToHost, stream))
+    return error;
+  if (cudaError_t error = cudaStreamSynchronize(stream)) return error;
+  mirror(job);
+  return cudaSuccess;
+}
+
+cudaError_t on_device(const Job& job, cudaStream_t stream) {
+  Lists lists;
+  if (cudaError_t error = lists.open(job, job.updates, true, stream)) return error;
+  const Held held = lists.held(job.center);
+  if (cudaError_t error = launch(job, held, job.out, job.size, stream)) return error;
+  return held.sums ? fetch_sums(job, held.sums, stream) : cudaSuccess;
+}
+
+// ---- paging
+
+std::size_t bytes_of(Kind kind) { return kind == Kind::kF32 ? 4 : 2; }
+
+struct Stream {
+  cudaStream_t handle = nullptr;
+  cudaEvent_t done = nullptr;  // its last kernel
+
+  cudaError_t open() {
+    if (cudaError_t error = cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)) return error;
+    return cudaEventCreateWithFlags(&done, cudaEventDisableTiming);
+  }
+  Stream() = default;
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() {
+    if (handle) cudaStreamSynchronize(handle);  // what failed must not write into memory that is gone
+    if (done) cudaEventDestroy(done);
+    if (handle) cudaStreamDestroy(handle);
+  }
+};
+
+// One of two rooms: a chunk of every client, and of the center after them; the result of it; and their addresses.
+struct Room {
+  Stream stream;  // the first, so that it ends last
+  Memory chunks, out;
+  Lists lists;
+  std::size_t row = 0;  // bytes
+
+  cudaError_t open(const Job& job, std::size_t chunk, bool first) {
+    row = chunk * bytes_of(job.kind);
+    if (cudaError_t error = stream.open()) return error;
+    if (cudaError_t error = chunks.open((job.clients + 1) * row, stream.handle)) return error;
+    if (cudaError_t error = out.open(chunk * bytes_of(job.out_kind), stream.handle)) return error;
+    std::vector<const void*> own(job.clients);
+    for (std::size_t k = 0; k < job.clients; ++k) own[k] = at(k);
+    if (cudaError_t error = lists.open(job, own.data(), first, stream.handle)) return error;
+    return cudaStreamSynchronize(stream.handle);
+  }
+
+  char* at(std::size_t k) const { return static_cast<char*>(chunks.data) + k * row; }
+};
+
+cudaError_t paged(const Job& job, std::size_t chunk) {
   Room rooms[2];
   for (Room& room : rooms)
-    if (cudaError_t error = room.open(weights, clients, chunk)) return error;
-  for (std::size_t start = 0, turn = 0; start < size; start += chunk, turn ^= 1) {
+    if (cudaError_t error = room.open(job, chunk, &room == rooms)) return error;
+  auto* sums = static_cast<double*>(rooms[0].lists.sums.data);  // of both
+  const std::size_t from = bytes_of(job.kind), to = bytes_of(job.out_kind);
+  for (std::size_t start = 0, turn = 0; start < job.size; start += chunk, turn ^= 1) {
     Room& room = rooms[turn];  // its stream keeps the next chunk behind the last one's result
-    const std::size_t count = std::min(chunk, size - start);
-    for (std::size_t k = 0; k < clients; ++k)
-      if (cudaError_t error = cudaMemcpyAsync(room.chunks + k * chunk, updates[k] + start, count * sizeof(float),
-                                              cudaMemcpyHostToDevice, room.stream))
+    const cudaStream_t stream = room.stream.handle;
+    const std::size_t count = std::min(chunk, job.size - start);
+    for (std::size_t k = 0; k < job.clients + (job.center ? 1 : 0); ++k) {
+      const void* whole = k < job.clients ? job.updates[k] : job.center;
+      if (cudaError_t error = cudaMemcpyAsync(room.at(k), static_cast<const char*>(whole) + start * from, count * from,
+                                              cudaMemcpyHostToDevice, stream))
         return error;
-    if (cudaError_t error = launch(rule, room.out, room.addresses, room.weights, clients, trim, count, room.stream))
-      return error;
-    if (cudaError_t error =
-            cudaMemcpyAsync(out + start, room.out, count * sizeof(float), cudaMemcpyDeviceToHost, room.stream))
-      return error;
+    }
+    // Sums go from chunk to chunk in order.
+    if (cudaError_t error = cudaStreamWaitEvent(stream, rooms[turn ^ 1].stream.done, 0)) return error;
+    Held held = room.lists.held(room.at(job.clients));
+    held.sums = sums;
+    if (cudaError_t error = launch(job, held, room.out.data, count, stream)) return error;
+    if (cudaError_t error = cudaEventRecord(room.stream.done, stream)) return error;
+    if (!sums)
+      if (cudaError_t error = cudaMemcpyAsync(static_cast<char*>(job.out) + start * to, room.out.data, count * to,
+                                              cudaMemcpyDeviceToHost, stream))
+        return error;
   }
   for (Room& room : rooms)
-    if (cudaError_t error = cudaStreamSynchronize(room.stream)) return error;
-  return cudaSuccess;
+    if (cudaError_t error = cudaStreamSynchronize(room.stream.handle)) return error;
+  return sums ? fetch_sums(job, sums, rooms[0].stream.handle) : cudaSuccess;
+}
+
+const char* reason_of(cudaError_t error) {
+  if (error) cudaGetLastError();  // it must not surface in another's next launch
+  return error ? cudaGetErrorString(error) : nullptr;
+}
+
+bool is_empty(const Job& job) {
+  if (job.size == 0) std::fill_n(static_cast<double*>(job.out), sums_of(job), 0.0);
+  return job.size == 0;
 }
 
 }  // namespace
 
-const char* aggregate_on_device(Rule rule, float* out, const float* const* updates, const double* weights,
-                                std::size_t clients, std::size_t trim, std::size_t size, void* stream) {
-  const cudaError_t error =
-      launch(rule, out, updates, weights, clients, trim, size, static_cast<cudaStream_t>(stream));
-  return error ? cudaGetErrorString(error) : nullptr;
+int device_count(const char** reason) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  *reason = reason_of(error);
+  return error ? 0 : count;
 }
 
-const char* aggregate_paged(Rule rule, float* out, const float* const* updates, const double* weights,
-                            std::size_t clients, std::size_t trim, std::size_t size, std::size_t chunk) {
-  if (size == 0) return nullptr;
-  const cudaError_t error =
-      paged(rule, out, updates, weights, clients, trim, size, std::clamp<std::size_t>(chunk, 1, size));
-  return error ? cudaGetErrorString(error) : nullptr;
+const char* aggregate_on_device(const Job& job, int device, void* stream) {
+  if (is_empty(job)) return nullptr;
+  int before = 0;
+  if (cudaError_t error = cudaGetDevice(&before)) return reason_of(error);
+  if (cudaError_t error = cudaSetDevice(device)) return reason_of(error);
+  const char* reason = reason_of(on_device(job, static_cast<cudaStream_t>(stream)));
+  cudaSetDevice(before);
+  return reason;
+}
+
+const char* aggregate_paged(const Job& job, std::size_t chunk) {
+  if (is_empty(job)) return nullptr;
+  chunk = std::clamp<std::size_t>(chunk, 1, job.size);
+  if (sums_of(job)) chunk = (chunk + kNormTile - 1) / kNormTile * kNormTile;
+  return reason_of(paged(job, chunk));
 }
 
 }  // namespace fedmoe

@@ -12,6 +12,10 @@ enum class Kind : std::uint8_t { kF32, kBf16, kF16 };
 // Coordinates that are ordered side by side, one a lane.
 inline constexpr std::size_t kLanes = 64;
 
+// A sum of squares is one of tiles, of so many coordinates for a norm and for a pair's distance, added in their order; a
+// tile's is of as many sums as there are stripes, each of every so-manieth coordinate, folded in halves.
+inline constexpr std::size_t kStripes = 16, kNormTile = 4096, kPairTile = 1024;
+
 // Two wires of a network, as rows of [K][kLanes] keys: the smaller of the two goes to `low`.
 struct Exchange {
   std::uint32_t low, high;

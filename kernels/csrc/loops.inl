@@ -11,55 +11,8 @@ namespace {
 using Floats [[gnu::vector_size(64)]] = float;
 using Ints [[gnu::vector_size(64)]] = std::int32_t;
 constexpr std::size_t kWide = sizeof(Ints) / sizeof(std::int32_t);
-constexpr std::size_t kStripes = 16;
 
-struct F32 {
-  using Stored = float;
-  static float widen(float x) { return x; }
-  static float narrow(float x) { return x; }
-};
-
-struct Bf16 {
-  using Stored = std::uint16_t;
-  static float widen(std::uint16_t x) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16); }
-  static std::uint16_t narrow(float x) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-  }
-};
-
-struct F16 {
-  using Stored = std::uint16_t;
-  static float widen(std::uint16_t x) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16, rest = static_cast<std::uint32_t>(x & 0x7fff);
-    const std::uint32_t normal = (rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u);  // biases 15, 127; 31, 255
-    // Below 2^-14 the fraction is that of a sum with 2^-14, which is then taken away: exact.
-    const float small = __builtin_bit_cast(float, 0x38800000u + (rest << 13)) - 0x1p-14f;
-    const std::uint32_t bits = rest < 0x400 ? __builtin_bit_cast(std::uint32_t, small) : normal;
-    return __builtin_bit_cast(float, bits | sign);
-  }
-  static std::uint16_t narrow(float x) {
-    const auto bits = __builtin_bit_cast(std::uint32_t, x);
-    const std::uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-    if (rest > 0x7f800000) return static_cast<std::uint16_t>(sign | 0x7e00);
-    if (rest >= 0x477ff000) return static_cast<std::uint16_t>(sign | 0x7c00);  // 65520 and more
-    if (rest < 0x38800000) {  // adding 0.5 leaves multiples of 2^-24, the smallest number, rounded
-      const float shifted = __builtin_bit_cast(float, rest) + 0.5f;
-      return static_cast<std::uint16_t>(sign | (__builtin_bit_cast(std::uint32_t, shifted) - 0x3f000000u));
-    }
-    return static_cast<std::uint16_t>(sign | (rest - 0x38000000u + 0xfff + (rest >> 13 & 1)) >> 13);
-  }
-};
-
-template <class Do>
-auto of(Kind kind, Do&& act) {
-  switch (kind) {
-    case Kind::kBf16: return act(Bf16{});
-    case Kind::kF16: return act(F16{});
-    default: return act(F32{});
-  }
-}
+#include "elements.inl"
 
 template <class Type>
 const typename Type::Stored* at(const void* data, std::size_t start) {
@@ -124,17 +77,6 @@ void divide(Kind kind, void* out, const double* sums, double total, std::size_t 
 }
 
 // ---- order
-
-// A number's bits as an integer of the same order, and back; NaNs are one, above infinity.
-inline std::int32_t flip(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
-
-inline std::int32_t key(float x) {
-  const auto bits = __builtin_bit_cast(std::int32_t, x);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc00000 : flip(bits);
-}
-
-// A zero comes out as 0, whatever its sign, as it does of a sum.
-inline float number(std::int32_t key) { return __builtin_bit_cast(float, flip(key)) + 0.0f; }
 
 template <class Type>
 void row(std::int32_t* keys, const void* input, std::size_t start, std::size_t count) {
@@ -215,10 +157,7 @@ void middle(Kind kind, void* out, const std::int32_t* low, const std::int32_t* h
   of(kind, [&](auto type) {
     using Type = decltype(type);
     auto* to = static_cast<typename Type::Stored*>(out) + start;
-    for (std::size_t i = 0; i < count; ++i) {
-      const double a = number(low[i]), b = number(high[i]);
-      to[i] = Type::narrow(low[i] == high[i] ? number(low[i]) : static_cast<float>((a + b) / 2));
-    }
+    for (std::size_t i = 0; i < count; ++i) to[i] = Type::narrow(middle_of(low[i], high[i]));
   });
 }
 
@@ -238,15 +177,12 @@ void between(Kind in, Kind out_kind, void* out, const void* const* inputs, std::
       }
     }
   });
-  const double cut = static_cast<double>(trim), left = static_cast<double>(clients) - 2 * cut;
+  const auto all = static_cast<double>(clients), cut = static_cast<double>(trim);
   of(out_kind, [&](auto type) {
     using Type = decltype(type);
     auto* to = static_cast<typename Type::Stored*>(out) + start;
-    for (std::size_t i = 0; i < count; ++i) {
-      const double a = (lower[i] - cut) * static_cast<double>(number(low[i]));
-      const double b = (upper[i] - cut) * static_cast<double>(number(high[i]));
-      to[i] = Type::narrow(low[i] == high[i] ? number(low[i]) : static_cast<float>(((sums[i] + a) + b) / left));
-    }
+    for (std::size_t i = 0; i < count; ++i)
+      to[i] = Type::narrow(mean_between(sums[i], lower[i], upper[i], all, cut, low[i], high[i]));
   });
 }
 

@@ -4,117 +4,23 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
-#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "aggregation.h"
+#include "buffers.h"
 
 namespace nb = nanobind;
 
 namespace {
 
-using fedmoe::Kind;
-using Buffer = nb::ndarray<nb::ro>;
+using namespace fedmoe::buffers;
 
-std::string dtype_name(nb::dlpack::dtype dtype) {
-  const char* kind = "dtype code ";
-  switch (static_cast<nb::dlpack::dtype_code>(dtype.code)) {
-    case nb::dlpack::dtype_code::Int: kind = "int"; break;
-    case nb::dlpack::dtype_code::UInt: kind = "uint"; break;
-    case nb::dlpack::dtype_code::Float: kind = "float"; break;
-    case nb::dlpack::dtype_code::Bfloat: kind = "bfloat"; break;
-    case nb::dlpack::dtype_code::Bool: kind = "bool"; break;
-    default: return kind + std::to_string(dtype.code);
-  }
-  return kind + std::to_string(dtype.bits);
+fedmoe::Inputs inputs_of(const Updates& updates) { return {updates.data, updates.kind, updates.size}; }
+
+fedmoe::Output output_of(const Updates& updates, const nb::ndarray<>& out) {
+  return {out.data(), updates.check_output(out)};
 }
-
-[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
-
-struct Range {
-  std::uintptr_t first, end;
-  bool overlaps(const Range& other) const { return first < other.end && other.first < end; }
-  bool operator==(const Range&) const = default;
-};
-
-template <typename Array>
-Range range(const Array& array) {
-  const auto first = reinterpret_cast<std::uintptr_t>(array.data());
-  return {first, first + array.nbytes()};
-}
-
-// Memory safety rests on these checks alone; Python callers check the meaning.
-template <typename Array>
-void check_layout(const Array& array, const std::string& name, std::size_t size) {
-  if (array.device_type() != nb::device::cpu::value)
-    fail(name + " is on device type " + std::to_string(array.device_type()) + ", expected CPU (1)");
-  if (array.ndim() != 1) fail(name + " has " + std::to_string(array.ndim()) + " dimensions, expected 1");
-  if (array.shape(0) != size)
-    fail(name + " has " + std::to_string(array.shape(0)) + " elements, expected " + std::to_string(size));
-  if (size > 1 && array.stride(0) != 1)
-    fail(name + " has stride " + std::to_string(array.stride(0)) + ", expected 1 (contiguous)");
-  const auto first = reinterpret_cast<std::uintptr_t>(array.data());
-  if (const std::size_t bytes = array.itemsize(); size && bytes && first % bytes)
-    fail(name + " begins at an address that is not a multiple of its " + std::to_string(bytes) + " bytes");
-}
-
-Kind kind_of(nb::dlpack::dtype dtype, const std::string& name) {
-  const auto code = static_cast<nb::dlpack::dtype_code>(dtype.code);
-  if (dtype.lanes == 1 && code == nb::dlpack::dtype_code::Float && dtype.bits == 32) return Kind::kF32;
-  if (dtype.lanes == 1 && code == nb::dlpack::dtype_code::Float && dtype.bits == 16) return Kind::kF16;
-  if (dtype.lanes == 1 && code == nb::dlpack::dtype_code::Bfloat && dtype.bits == 16) return Kind::kBf16;
-  fail(name + " is " + dtype_name(dtype) + ", expected float32, float16 or bfloat16");
-}
-
-template <typename Array>
-void check_float64(const Array& array, const std::string& name) {
-  if (array.dtype() != nb::dtype<double>()) fail(name + " is " + dtype_name(array.dtype()) + ", expected float64");
-}
-
-// K updates of one length and dtype; keeps their addresses.
-struct Updates {
-  std::vector<const void*> data;
-  std::vector<Range> ranges;
-  Kind kind = Kind::kF32;
-  std::size_t size = 0;
-
-  explicit Updates(const std::vector<Buffer>& updates) {
-    if (updates.empty()) fail("at least one update is needed, got 0");
-    size = updates[0].ndim() == 1 ? updates[0].shape(0) : 0;
-    for (std::size_t k = 0; k < updates.size(); ++k) {
-      const std::string name = "updates[" + std::to_string(k) + "]";
-      check_layout(updates[k], name, size);
-      const Kind own = kind_of(updates[k].dtype(), name);
-      if (k == 0) kind = own;
-      if (own != kind)
-        fail(name + " is " + dtype_name(updates[k].dtype()) + ", updates[0] is " + dtype_name(updates[0].dtype()));
-      data.push_back(updates[k].data());
-      ranges.push_back(range(updates[k]));
-    }
-  }
-
-  fedmoe::Inputs inputs() const { return {data, kind, size}; }
-
-  void check_weights(const std::vector<double>& weights) const {
-    if (weights.size() != data.size())
-      fail(std::to_string(data.size()) + " updates, but " + std::to_string(weights.size()) + " weights");
-  }
-
-  template <typename Array>
-  void check_apart(const Array& out, const std::string& name, bool whole) const {
-    for (std::size_t k = 0; k < ranges.size(); ++k)
-      if (const Range own = range(out); own.overlaps(ranges[k]) && !(whole && own == ranges[k]))
-        fail(name + " overlaps updates[" + std::to_string(k) + "]" + (whole ? " partly" : ""));
-  }
-
-  fedmoe::Output output(const nb::ndarray<>& out) const {
-    check_layout(out, "out", size);
-    check_apart(out, "out", true);
-    return {out.data(), kind_of(out.dtype(), "out")};
-  }
-};
 
 bool interrupted() {
   nb::gil_scoped_acquire acquire;
@@ -137,52 +43,49 @@ void weighted_mean(nb::ndarray<> out, const std::vector<Buffer>& updates, const 
                    unsigned threads) {
   const Updates all(updates);
   all.check_weights(weights);
-  const auto to = all.output(out);
-  run(threads, [&](fedmoe::Work work) { return fedmoe::weighted_mean(to, all.inputs(), weights, work); });
+  const auto to = output_of(all, out);
+  run(threads, [&](fedmoe::Work work) { return fedmoe::weighted_mean(to, inputs_of(all), weights, work); });
 }
 
 void accumulate(nb::ndarray<> sums, const std::vector<Buffer>& updates, const std::vector<double>& weights,
                 unsigned threads) {
   const Updates all(updates);
   all.check_weights(weights);
-  check_layout(sums, "sums", all.size);
+  check_layout(sums, "sums", all.size, Place::kHost);
   check_float64(sums, "sums");
   all.check_apart(sums, "sums", false);
   auto* to = static_cast<double*>(sums.data());
-  run(threads, [&](fedmoe::Work work) { return fedmoe::accumulate(to, all.inputs(), weights, work); });
+  run(threads, [&](fedmoe::Work work) { return fedmoe::accumulate(to, inputs_of(all), weights, work); });
 }
 
 void median(nb::ndarray<> out, const std::vector<Buffer>& updates, unsigned threads) {
   const Updates all(updates);
-  const auto to = all.output(out);
-  run(threads, [&](fedmoe::Work work) { return fedmoe::median(to, all.inputs(), work); });
+  const auto to = output_of(all, out);
+  run(threads, [&](fedmoe::Work work) { return fedmoe::median(to, inputs_of(all), work); });
 }
 
 void trimmed_mean(nb::ndarray<> out, const std::vector<Buffer>& updates, std::size_t trim, unsigned threads) {
   const Updates all(updates);
-  if (trim > (updates.size() - 1) / 2)
-    fail("trim is " + std::to_string(trim) + ", must leave some of " + std::to_string(updates.size()) + " updates");
-  const auto to = all.output(out);
-  run(threads, [&](fedmoe::Work work) { return fedmoe::trimmed_mean(to, all.inputs(), trim, work); });
+  all.check_trim(trim);
+  const auto to = output_of(all, out);
+  run(threads, [&](fedmoe::Work work) { return fedmoe::trimmed_mean(to, inputs_of(all), trim, work); });
 }
 
 std::vector<double> squared_norms(const std::vector<Buffer>& updates, const Buffer& center, unsigned threads) {
   const Updates all(updates);
-  check_layout(center, "center", all.size);
-  if (kind_of(center.dtype(), "center") != all.kind)
-    fail("center is " + dtype_name(center.dtype()) + ", updates[0] is " + dtype_name(updates[0].dtype()));
+  all.check_center(center);
   std::vector<double> found(updates.size());
-  run(threads, [&](fedmoe::Work work) { return fedmoe::squared_norms(found.data(), all.inputs(), center.data(), work); });
+  run(threads, [&](fedmoe::Work work) {
+    return fedmoe::squared_norms(found.data(), inputs_of(all), center.data(), work);
+  });
   return found;
 }
 
 void squared_distances(nb::ndarray<> out, const std::vector<Buffer>& updates, unsigned threads) {
   const Updates all(updates);
-  check_layout(out, "out", updates.size() * updates.size());
-  check_float64(out, "out");
-  all.check_apart(out, "out", false);
+  all.check_distances(out);
   auto* to = static_cast<double*>(out.data());
-  run(threads, [&](fedmoe::Work work) { return fedmoe::squared_distances(to, all.inputs(), work); });
+  run(threads, [&](fedmoe::Work work) { return fedmoe::squared_distances(to, inputs_of(all), work); });
 }
 
 void use_instruction_set(const std::string& name) {

@@ -1,5 +1,6 @@
 // Python bindings of the CUDA extension; imports, and says what is missing, on a machine without a driver.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -10,12 +11,16 @@
 #include <utility>
 #include <vector>
 
-#include "accumulate.h"
 #include "aggregation_cuda.h"
+#include "buffers.h"
 
 namespace nb = nanobind;
 
 namespace {
+
+using namespace fedmoe::buffers;
+using fedmoe::Job;
+using fedmoe::Rule;
 
 std::pair<int, std::string> device_count() {
   const char* reason = nullptr;
@@ -23,68 +28,96 @@ std::pair<int, std::string> device_count() {
   return {count, reason ? reason : ""};
 }
 
-void weighted_accumulate(std::uintptr_t theta, std::uintptr_t update, float weight, std::size_t size,
-                         std::uintptr_t stream) {
-  const char* reason =
-      fedmoe::weighted_accumulate(reinterpret_cast<float*>(theta), reinterpret_cast<const float*>(update), weight,
-                                  size, reinterpret_cast<void*>(stream));
-  if (reason) throw std::runtime_error("weighted_accumulate of " + std::to_string(size) + " elements: " + reason);
+Job job_of(Rule rule, const Updates& all, void* out) {
+  return {rule, all.data.data(), all.data.size(), all.size, all.kind, out};
 }
 
-fedmoe::Rule rule_of(const std::string& name, std::size_t clients, std::size_t trim) {
-  if (clients == 0) throw nb::value_error("at least one update is needed, got 0");
-  if (name == "mean") return fedmoe::Rule::kMean;
-  if (name == "median") return fedmoe::Rule::kMedian;
-  if (name != "trimmed_mean")
-    throw nb::value_error(("rule is '" + name + "', expected mean, median or trimmed_mean").c_str());
-  if (trim > (clients - 1) / 2)
-    throw nb::value_error(
-        ("trim is " + std::to_string(trim) + ", must leave some of " + std::to_string(clients) + " updates").c_str());
-  return fedmoe::Rule::kTrimmedMean;
-}
-
-void aggregate_on_device(const std::string& name, std::uintptr_t out, std::uintptr_t updates, std::uintptr_t weights,
-                         std::size_t clients, std::size_t trim, std::size_t size, std::uintptr_t stream) {
-  const char* reason = fedmoe::aggregate_on_device(
-      rule_of(name, clients, trim), reinterpret_cast<float*>(out), reinterpret_cast<const float* const*>(updates),
-      reinterpret_cast<const double*>(weights), clients, trim, size, reinterpret_cast<void*>(stream));
-  if (reason) throw std::runtime_error(name + " of " + std::to_string(clients) + " clients: " + reason);
-}
-
-void aggregate_paged(const std::string& name, std::uintptr_t out, const std::vector<std::uintptr_t>& updates,
-                     const std::vector<double>& weights, std::size_t trim, std::size_t size, std::size_t chunk) {
-  const fedmoe::Rule rule = rule_of(name, updates.size(), trim);
-  if (rule == fedmoe::Rule::kMean && weights.size() != updates.size())
-    throw nb::value_error((std::to_string(updates.size()) + " updates, but " + std::to_string(weights.size()) +
-                           " weights").c_str());
-  std::vector<const float*> addresses;
-  for (std::uintptr_t update : updates) addresses.push_back(reinterpret_cast<const float*>(update));
+// `how` is the stream of device buffers, the chunk of those that are paged.
+void run(const char* name, const Job& job, const Updates& all, std::uintptr_t how) {
+  const bool paged = all.place == Place::kPaged;
+  if (paged && how == 0) fail("chunk is 0, expected 1 or more");
   const char* reason = nullptr;
   {
     nb::gil_scoped_release release;
-    reason = fedmoe::aggregate_paged(rule, reinterpret_cast<float*>(out), addresses.data(),
-                                     rule == fedmoe::Rule::kMean ? weights.data() : nullptr, addresses.size(), trim,
-                                     size, chunk);
+    reason = paged ? fedmoe::aggregate_paged(job, how)
+                   : fedmoe::aggregate_on_device(job, all.device, reinterpret_cast<void*>(how));
   }
-  if (reason) throw std::runtime_error(name + " of " + std::to_string(updates.size()) + " clients, paged: " + reason);
+  if (reason)
+    throw std::runtime_error(std::string(name) + " of " + std::to_string(job.clients) + " updates" +
+                             (paged ? ", paged: " : ": ") + reason);
+}
+
+template <Place kPlace>
+void weighted_mean(nb::ndarray<> out, const std::vector<Buffer>& updates, const std::vector<double>& weights,
+                   std::uintptr_t how) {
+  const Updates all(updates, kPlace);
+  all.check_weights(weights);
+  Job job = job_of(Rule::kMean, all, out.data());
+  job.out_kind = all.check_output(out);
+  job.weights = weights.data();
+  run("weighted_mean", job, all, how);
+}
+
+template <Place kPlace>
+void median(nb::ndarray<> out, const std::vector<Buffer>& updates, std::uintptr_t how) {
+  const Updates all(updates, kPlace);
+  Job job = job_of(Rule::kMedian, all, out.data());
+  job.out_kind = all.check_output(out);
+  run("median", job, all, how);
+}
+
+template <Place kPlace>
+void trimmed_mean(nb::ndarray<> out, const std::vector<Buffer>& updates, std::size_t trim, std::uintptr_t how) {
+  const Updates all(updates, kPlace);
+  all.check_trim(trim);
+  Job job = job_of(Rule::kTrimmedMean, all, out.data());
+  job.out_kind = all.check_output(out);
+  job.trim = trim;
+  run("trimmed_mean", job, all, how);
+}
+
+template <Place kPlace>
+std::vector<double> squared_norms(const std::vector<Buffer>& updates, const Buffer& center, std::uintptr_t how) {
+  const Updates all(updates, kPlace);
+  all.check_center(center);
+  std::vector<double> found(updates.size());
+  Job job = job_of(Rule::kSquaredNorms, all, found.data());
+  job.center = center.data();
+  run("squared_norms", job, all, how);
+  return found;
+}
+
+template <Place kPlace>
+void squared_distances(nb::ndarray<> out, const std::vector<Buffer>& updates, std::uintptr_t how) {
+  const Updates all(updates, kPlace);
+  all.check_distances(out);
+  run("squared_distances", job_of(Rule::kSquaredDistances, all, out.data()), all, how);
+}
+
+template <Place kPlace>
+void define(nb::module_& module) {
+  const std::string suffix = kPlace == Place::kPaged ? "_paged" : "";
+  const auto out = nb::arg("out"), updates = nb::arg("updates"), weights = nb::arg("weights");
+  const auto how = nb::arg(kPlace == Place::kPaged ? "chunk" : "stream");
+  module.def(("weighted_mean" + suffix).c_str(), &weighted_mean<kPlace>, out, updates, weights, how);
+  module.def(("median" + suffix).c_str(), &median<kPlace>, out, updates, how);
+  module.def(("trimmed_mean" + suffix).c_str(), &trimmed_mean<kPlace>, out, updates, nb::arg("trim"), how);
+  module.def(("squared_norms" + suffix).c_str(), &squared_norms<kPlace>, updates, nb::arg("center"), how);
+  module.def(("squared_distances" + suffix).c_str(), &squared_distances<kPlace>, out, updates, how);
 }
 
 }  // namespace
 
 NB_MODULE(_native_cuda, module) {
-  module.doc() = "Device arithmetic in CUDA C++, on raw pointers.";
+  module.doc() =
+      "Aggregation on the device in CUDA C++: see fedmoe.kernels.cuda for the checked entries.\n"
+      "\n"
+      "Functions, buffers and errors are those of fedmoe.kernels._native, and so are the bits; but all buffers are of "
+      "one device's memory, and work goes to `stream`, a cudaStream_t, without waiting. Names that end in `_paged` take "
+      "buffers in host memory, `chunk` coordinates at a time, on the current device, and wait; copies overlap with the "
+      "work where the buffers are pinned. Squared norms and distances are waited for: they end in host memory. "
+      "RuntimeError gives CUDA's reason where it fails.";
   module.def("device_count", &device_count, "(number of usable CUDA devices, reason if there are none).");
-  module.def("weighted_accumulate", &weighted_accumulate, nb::arg("theta_ptr"), nb::arg("update_ptr"),
-             nb::arg("weight"), nb::arg("n"), nb::arg("stream"),
-             "theta[:n] += weight * update[:n], fp32 device pointers, on `stream` of the current device; does not "
-             "wait.\n\nRaises RuntimeError with CUDA's reason if the launch fails.");
-  module.def("aggregate_on_device", &aggregate_on_device, nb::arg("rule"), nb::arg("out_ptr"), nb::arg("updates_ptr"),
-             nb::arg("weights_ptr"), nb::arg("clients"), nb::arg("trim"), nb::arg("n"), nb::arg("stream"),
-             "out[:n], fp32, by `rule` (mean, median, trimmed_mean) of fp32 device buffers, on `stream`; does not "
-             "wait. `updates_ptr` and `weights_ptr` are of device memory that holds the buffers' addresses, and fp64 "
-             "weights (mean alone).\n\nRaises RuntimeError with CUDA's reason if the launch fails.");
-  module.def("aggregate_paged", &aggregate_paged, nb::arg("rule"), nb::arg("out_ptr"), nb::arg("updates_ptrs"),
-             nb::arg("weights"), nb::arg("trim"), nb::arg("n"), nb::arg("chunk"),
-             "The same of host buffers, `chunk` coordinates at a time through the device, without the GIL; waits. "
-             "Copies overlap with the work where the buffers are pinned.\n\nRaises RuntimeError with CUDA's reason.");
+  define<Place::kDevice>(module);
+  define<Place::kPaged>(module);
 }

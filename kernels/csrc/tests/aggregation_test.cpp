@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "coordinates.h"
 #include "network.h"
 
 namespace {
@@ -111,6 +112,97 @@ void sixteen_bits() {
   }
 }
 
+// What a thread of the device does, done here, has the bits of the host's loops: of all bit patterns, NaN and infinities
+// among them, and of every pair of kinds.
+template <class Type, class Out>
+void device_arithmetic(Kind kind, Kind out_kind, std::size_t clients, std::size_t size) {
+  namespace device = fedmoe::coordinates;
+  using To = typename Out::Stored;
+  std::mt19937 random(static_cast<unsigned>(clients + size));
+  std::vector<std::vector<typename Type::Stored>> buffers(clients);
+  std::vector<const void*> data;
+  std::vector<double> weights;
+  double total = 0.0;
+  for (auto& buffer : buffers) {
+    for (std::size_t i = 0; i < size; ++i) {
+      const float tied = static_cast<float>(random() % 41) / 7.0f - 3.0f;
+      const float any = device::F32::widen(__builtin_bit_cast(float, static_cast<std::uint32_t>(random())));
+      buffer.push_back(Type::narrow(i % 3 ? tied : any));
+    }
+    data.push_back(buffer.data());
+    weights.push_back(0.1 + static_cast<double>(random() % 9));
+    total += weights.back();
+  }
+  const Inputs inputs{data, kind, size};
+  const std::size_t trim = (clients - 1) / 3;
+  std::vector<To> out(size);
+  const Output to{out.data(), out_kind};
+  const auto check = [&](const char* what, auto each) {
+    for (std::size_t i = 0; i < size; ++i) {
+      const To ours = Out::narrow(each(i));
+      const float a = Out::widen(ours), b = Out::widen(out[i]);
+      expect((std::isnan(a) && std::isnan(b)) || !std::memcmp(&ours, &out[i], sizeof(To)), what, clients, i);
+    }
+  };
+  fedmoe::weighted_mean(to, inputs, weights, {});
+  check("mean on the device",
+        [&](std::size_t i) { return device::mean<Type>(data.data(), clients, weights.data(), total, i); });
+  fedmoe::median(to, inputs, {});
+  check("median on the device", [&](std::size_t i) { return device::median<Type>(data.data(), clients, i); });
+  fedmoe::trimmed_mean(to, inputs, trim, {});
+  check("trimmed mean on the device",
+        [&](std::size_t i) { return device::trimmed_mean<Type>(data.data(), clients, trim, i); });
+}
+
+// As a block of the device does: stripes folded in halves, tiles in their order.
+template <class Type>
+double squares(const void* a, const void* b, std::size_t size, std::size_t tile) {
+  double sum = 0.0;
+  for (std::size_t start = 0; start < size; start += tile) {
+    double stripes[fedmoe::kStripes];
+    for (std::size_t s = 0; s < fedmoe::kStripes; ++s)
+      stripes[s] = fedmoe::coordinates::squared_stripe<Type>(a, b, start, std::min(tile, size - start), s);
+    for (std::size_t half = fedmoe::kStripes / 2; half; half /= 2)
+      for (std::size_t s = 0; s < half; ++s) stripes[s] += stripes[s + half];
+    sum += stripes[0];
+  }
+  return sum;
+}
+
+template <class Type>
+void device_squares(Kind kind, std::size_t size) {
+  const Drawn drawn(3, size);
+  std::vector<std::vector<typename Type::Stored>> buffers(3);
+  std::vector<const void*> data;
+  for (std::size_t k = 0; k < 3; ++k) {
+    for (float x : drawn.buffers[k]) buffers[k].push_back(Type::narrow(x));
+    data.push_back(buffers[k].data());
+  }
+  double norms[3], distances[9];
+  fedmoe::squared_norms(norms, {data, kind, size}, data[2], {});
+  fedmoe::squared_distances(distances, {data, kind, size}, {});
+  for (std::size_t k = 0; k < 3; ++k) {
+    expect(norms[k] == squares<Type>(data[k], data[2], size, fedmoe::kNormTile), "norms on the device", k, size);
+    for (std::size_t l = 0; l < 3; ++l)
+      expect(distances[3 * k + l] == squares<Type>(data[k], data[l], size, fedmoe::kPairTile), "distances on the device",
+             k, size);
+  }
+}
+
+void device() {
+  using namespace fedmoe::coordinates;
+  for (Kind kind : {Kind::kF32, Kind::kBf16, Kind::kF16})
+    of(kind, [&](auto type) {
+      using Type = decltype(type);
+      for (std::size_t size : {0, 1, 15, 17, 4095, 4097, 20'001}) device_squares<Type>(kind, size);
+      for (Kind out_kind : {Kind::kF32, Kind::kBf16, Kind::kF16})
+        of(out_kind, [&](auto to) {
+          for (std::size_t clients : {1, 2, 3, 10, 257, 300})
+            device_arithmetic<Type, decltype(to)>(kind, out_kind, clients, 131);
+        });
+    });
+}
+
 // The 0-1 principle: a network that orders all sequences of zeros and ones orders all.
 void networks() {
   for (std::size_t wires = 1; wires <= 14; ++wires)
@@ -145,6 +237,7 @@ int main() {
       for (std::size_t size : {0, 1, 63, 64, 65, 4097}) rules(clients, size);
     sixteen_bits();
   }
+  device();
   networks();
   stops();
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
