@@ -90,7 +90,7 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
         "federated_round": 126,
         "checkpoints": 100,
         "bookkeeping": 100,
-        **dict(zip(AVERAGES.values(), (12, 60, 28), strict=True)),
+        **dict(zip(AVERAGES.values(), (18, 95, 42), strict=True)),
         **dict.fromkeys(ORDERED.values(), 12),
     },
 }

@@ -1,4 +1,7 @@
-"""The mean of K clients' θ, in the host's memory, on one thread; and that memory's bandwidth."""
+"""The mean of K clients' θ, in the host's memory, on one thread and on two; and that memory's bandwidth."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from fedmoe.kernels.averaging import weighted_mean, weighted_mean_native, weight
 from fedmoe.profiling.bench import Absent, Bench, Floor
 from fedmoe.server import Server
 from tests.bench.variants import agreement
+
+R = TypeVar("R")
 
 
 @pytest.mark.parametrize(("clients", "parameters"), [(100, 665_048), (100, 11_000_000), (1000, 665_048)])
@@ -49,16 +54,31 @@ def test_averaging(gpu_benchmark: Bench, clients: int, parameters: int) -> None:
             np.add(out, part, out=out)
         return (torch.from_numpy(out),)
 
+    def on_two(call: Callable[[], R]) -> Callable[[], R]:
+        def called() -> R:
+            before = torch.get_num_threads()
+            torch.set_num_threads(2)
+            try:
+                return call()
+            finally:
+                torch.set_num_threads(before)
+
+        return called
+
     native, why = weighted_mean_native_supported(updates)
+    ours = (lambda: (weighted_mean_native(updates, counts),)) if native else Absent(why)
     gpu_benchmark(
         {
             "torch loop": in_torch,
             "NumPy": in_numpy,
             "read": read,
-            "ours, native": (lambda: (weighted_mean_native(updates, counts),)) if native else Absent(why),
+            "ours, native": ours,
             "ours, plain": Absent("the native one is there") if native else lambda: (weighted_mean(updates, counts),),
             # Each read twice, since it is checked as well, and the sums read and written for each.
             "ours, one by one": lambda: tuple(server.aggregate(results).values()),
+            "torch loop, two threads": on_two(in_torch),
+            "read, two threads": on_two(read),
+            "ours, native, two threads": ours if isinstance(ours, Absent) else on_two(ours),
         },
         # Every update read, the mean written; a multiply-add for each number.
         floor=Floor(bytes=4 * (clients + 1) * parameters, flops=2 * clients * parameters, dtype=torch.float32),
