@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_page(runs: Path) -> None:
 
 
 def test_text_has_perplexity_and_who_gains(tmp_path: Path, fedmoe: Fedmoe) -> None:
-    text = {"data__kind": "text", "data__name": "stdlib"}
+    text: dict[str, Any] = {"data__kind": "text", "data__name": "stdlib"}
     made(tmp_path / "a", [[0.5, 0.6, 0.7]], **text)
     made(tmp_path / "b", [[0.6, 0.5, 0.8]], method="local", **text)
     done = fedmoe("compare", "a", "b", "--out", "page.html")
