@@ -162,7 +162,8 @@ class Choices:
         self.reasons["micro_batch"] = reason
         on = chosen.checkpointing == "on"
         if given.checkpointing != "auto":
-            reason = f"model.activation_checkpointing = {given.checkpointing}" if given.ways else "for text alone"
+            reason = f"model.activation_checkpointing = {given.checkpointing}"
+            reason = reason if given.ways or on else "on where it is asked for"
         else:
             reason = f"without it one client does not fit in {amount(room)}" if on else "one client fits without it"
         self.reasons["activation_checkpointing"] = reason

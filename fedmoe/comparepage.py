@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedmoe.comparetable import COSTS, DIFFERENCES, VARIANTS, against, cells, title
+from fedmoe.comparetable import COSTS, DIFFERENCES, against, cells, columns, title
 from fedmoe.contrast import Report
 from fedmoe.profiling.figures import AXIS, OTHERS
 from fedmoe.profiling.markup import Figure, label, sentence, table, text
@@ -23,7 +23,7 @@ def page(report: Report, variants: Sequence[Variant]) -> str:
     drawn = {name: figure for name, _, figure in plots if figure is not None}
     inner = {name: figure.html() for name, figure in drawn.items()}
     rows = [cells(row, report) for row in report.variants]
-    inner["variants"] = _said(title(report)) + table("variants", (*VARIANTS, *COSTS), rows)
+    inner["variants"] = _said(title(report)) + table("variants", (*columns(report), *COSTS), rows)
     if report.differences:
         caption = f"accuracy less that of {report.variants[0].name}"
         below = table(caption, DIFFERENCES, map(against, report.differences), words=(0, 5, 6))

@@ -10,6 +10,8 @@ from fedmoe.contrast import Difference, Report, Row
 from fedmoe.display import say, widen
 
 VARIANTS = ("variant", "seeds", "accuracy", "clients", "lowest", "test loss")
+TEXTS = (*VARIANTS, "perplexity")
+"""Where a variant is of text."""
 COSTS = ("rounds", "MB", "TFLOP", "seconds")
 DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict", "compared")
 
@@ -18,8 +20,9 @@ def show(console: Console, report: Report) -> None:
     """Print all of it, in tables that a terminal of 80 columns has room for."""
     widen(console)
     rows = [cells(row, report) for row in report.variants]
-    split = len(VARIANTS)
-    console.print(_table(f"held-out accuracy after round {report.round}", VARIANTS, [row[:split] for row in rows]))
+    head = columns(report)
+    split = len(head)
+    console.print(_table(f"held-out accuracy after round {report.round}", head, [row[:split] for row in rows]))
     console.print(_table(_took(report), ("variant", *COSTS), [[row[0], *row[split:]] for row in rows]))
     if report.differences:
         shown, hows = [0, 1, 2, 4, 5, 6], {difference.how for difference in report.differences}
@@ -51,6 +54,11 @@ def _took(report: Report) -> str:
     return "what it took till then" if report.target is None else f"what it took to an accuracy of {report.target:g}"
 
 
+def columns(report: Report) -> tuple[str, ...]:
+    """Of the variants' table, before what training took."""
+    return VARIANTS if all(row.perplexity is None for row in report.variants) else TEXTS
+
+
 def cells(row: Row, report: Report) -> list[str]:
     """A variant's, in the order of the columns."""
     spread = "" if row.over_seeds is None else f" ± {row.over_seeds:.4f}"
@@ -62,6 +70,7 @@ def cells(row: Row, report: Report) -> list[str]:
         "" if row.over_clients is None else f"± {row.over_clients:.3f}",
         _figure(row.lowest, "{:.3f}"),
         _figure(row.test_loss, "{:,.4g}"),
+        *([_figure(row.perplexity, "{:,.2f}")] if columns(report) == TEXTS else []),
         *_costs(row, report.target is not None),
     ]
 

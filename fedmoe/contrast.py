@@ -44,6 +44,8 @@ class Row:
     lowest: float | None
     """Of the client that does worst, averaged over seeds."""
     test_loss: float | None
+    perplexity: float | None
+    """Of text, mean over seeds of the mean over clients; None of images."""
     cost: Cost
 
 
@@ -102,7 +104,8 @@ def contrast(
         if estimate is not None:
             p = None if estimate.p is None else next(adjusted)
             differences.append(Difference(other.name, estimate, p, how, _verdict(estimate, p, len(known))))
-    notes = [*_coverage(differences, len(known)), *_oddities(runs, evaluated, variants, number)]
+    told = _oddities(runs, evaluated, variants, number)
+    notes = [*_perplexities(variants, number), *_coverage(differences, len(known)), *told]
     return Report(number, target, list(variants[0].values), rows, differences, notes), variants
 
 
@@ -131,7 +134,7 @@ def _few(rounds: Mapping[int, object]) -> str:
 def _row(variant: Variant, number: int, target: float | None) -> Row:
     held = {seed: list(run.scores[number].values()) for seed, run in variant.runs.items()}
     means = [statistics.fmean(values) for values in held.values() if values]
-    losses = [run.rounds[number - 1].test_loss for run in variant.runs.values()]
+    after = [run.rounds[number - 1] for run in variant.runs.values()]
     return Row(
         variant.name,
         variant.values,
@@ -141,7 +144,8 @@ def _row(variant: Variant, number: int, target: float | None) -> Row:
         deviation(means),
         _mean([statistics.pstdev(values) for values in held.values() if values]),
         _mean([min(values) for values in held.values() if values]),
-        _mean([loss.mean for loss in losses if loss is not None and loss.mean is not None]),
+        _mean([r.test_loss.mean for r in after if r.test_loss is not None and r.test_loss.mean is not None]),
+        _mean([r.perplexity.mean for r in after if r.perplexity is not None and r.perplexity.mean is not None]),
         _cost(variant, number, target),
     )
 
@@ -195,6 +199,32 @@ def _verdict(estimate: Estimate, p_holm: float | None, comparisons: int) -> str:
     if estimate.p <= 1 - CONFIDENCE:
         return f"within the noise of {comparisons} comparisons"
     return "within the noise"
+
+
+def _perplexities(variants: Sequence[Variant], number: int) -> Iterator[str]:
+    """Of text, how many clients of the first variant predict better in another one, where they are the same."""
+    first = variants[0]
+    for other in variants[1:]:
+        pairs = [
+            (a[client], b[client])
+            for seed in first.runs.keys() & other.runs.keys()
+            if first.runs[seed].dealt == other.runs[seed].dealt
+            for a, b in [(_perplexity(first.runs[seed], number), _perplexity(other.runs[seed], number))]
+            for client in a.keys() & b.keys()
+        ]
+        if pairs:
+            lower, higher = sum(b < a for a, b in pairs), sum(b > a for a, b in pairs)
+            yield (
+                f"Perplexity with {other.name} is lower than with {first.name} for {lower} of "
+                f"{_of(len(pairs), 'client')}, higher for {higher}."
+            )
+
+
+def _perplexity(run: Trained, number: int) -> dict[int, float]:
+    """Of each client that has one."""
+    after = run.rounds[number - 1]
+    values = [] if after.perplexity is None else after.perplexity.clients
+    return {client: v for client, v in zip(after.evaluated, values, strict=False) if v is not None}
 
 
 def _coverage(differences: Sequence[Difference], comparisons: int) -> Iterator[str]:

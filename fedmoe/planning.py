@@ -121,6 +121,7 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
     Raises UserError as `make` does.
     """
     n, names, t = config.federation.clients, config.model.local, config.training
+    checkpointing = config.model.activation_checkpointing
     owned = [names[client % len(names)] for client in range(n)]
     largest = max(len(split.train(client)) for client in range(n))
     held_out = max(len(split.test(client)) for client in range(n))
@@ -130,7 +131,8 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
         sampled=per_round(config),
         batch=min(t.batch_size, largest),
         micro_batch=t.micro_batch,
-        checkpointing=config.model.activation_checkpointing if config.data.kind == "text" else "off",
+        # What a model of images needs is known whole alone.
+        checkpointing="off" if config.data.kind == "images" and checkpointing == "auto" else checkpointing,
         optimizer={"sgd": "sgd", "adamw": "adamw" if t.optimizer_states == "fp32" else "8-bit adamw"}[t.optimizer],
         evaluation_batch=min(config.evaluation.batch_size, held_out),
         samples=dataset.inputs.nbytes + dataset.labels.nbytes,

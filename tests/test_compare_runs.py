@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,20 @@ def test_page(runs: Path) -> None:
     assert forest["x"] == [estimate.mean] and estimate.high is not None
     assert forest["error_x"]["array"] == [pytest.approx(estimate.high - estimate.mean)]
     assert len(shown.figures["plot-clients"]["data"][0]["x"]) == 9
+
+
+def test_text_has_perplexity_and_who_gains(tmp_path: Path, fedmoe: Fedmoe) -> None:
+    text: dict[str, Any] = {"data__kind": "text", "data__name": "stdlib"}
+    made(tmp_path / "a", [[0.5, 0.6, 0.7]], **text)
+    made(tmp_path / "b", [[0.6, 0.5, 0.8]], method="local", **text)
+    done = fedmoe("compare", "a", "b", "--out", "page.html")
+    assert done.code == 0, done
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if "│" in line]
+    assert [row[-1] for row in rows[:2]] == ["1.50", "1.45"]  # means of e to the power of the losses
+    said = "Perplexity with method=local is lower than with method=fedmoe for 2 of 3 clients, higher for 1."
+    assert said in done.out
+    page = (tmp_path / "page.html").read_text()
+    assert said in page and "perplexity</th>" in page
 
 
 def test_a_page_of_one_variant_of_three_and_of_names_that_are_markup(tmp_path: Path) -> None:

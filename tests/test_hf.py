@@ -15,7 +15,7 @@ from fedmoe.experts import build
 from fedmoe.meaning import ignored
 from fedmoe.models import language
 from tests.hfmodels import VOCABULARY, save
-from tests.support import changed
+from tests.support import Fedmoe, changed
 
 transformers = pytest.importorskip("transformers", reason="the extra `lm` has it")
 SHAPE = (1, 28, 28)
@@ -53,6 +53,17 @@ def test_what_of_an_image_classifier_trains(models: Path) -> None:
         trains = [name for name, p in extractor.named_parameters() if p.requires_grad]
         assert bool(trains) == (tune == "lora") and all("lora_" in name for name in trains)
         assert all(p.grad is not None for p in header.parameters())
+
+
+def test_activation_checkpointing_of_an_image_classifier_is_as_asked_for(models: Path, fedmoe: Fedmoe) -> None:
+    words = ("--data.limit", "60", "--federation.clients", "1", "--partition.kind", "iid", "--method", "local")
+    for asked in ("auto", "on"):
+        named = ("--model.local", f"hf/{models / 'vit'}", "--model.activation-checkpointing", asked)
+        done = fedmoe("plan", *words, *named, "--json")
+        assert done.code == 0, done
+        made = json.loads(done.out)
+        assert made["activation_checkpointing"] == (asked == "on")
+        assert ("asked for" in made["reasons"]["activation_checkpointing"]) == (asked == "auto")
 
 
 @pytest.mark.parametrize(
