@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedmoe import checkpoint, data, mixture, optimizer, partition
+from fedmoe import checkpoint, data, mixture, optimizer, partition, rehearsal
 from fedmoe import config as settings
 from fedmoe.config import Config
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
@@ -163,10 +163,10 @@ def measured(client: Client) -> tuple[int, tuple[str, ...]]:
     By a step on a copy, so that nothing of the client changes.
     """
     count, outputs = min(2, client.batch_size), client.outputs
-    with mixture.trial(client.mixture, client.shape) as model, globals_kept():
+    with rehearsal.trial(client.mixture, client.shape) as model, globals_kept():
         model.train().head = "plain"  # what kernels compute is not counted
         program = model.program()
-        x, y = (tensor.to(client.labels.device) for tensor in mixture.blank(count, client.shape, outputs))
+        x, y = (tensor.to(client.labels.device) for tensor in rehearsal.blank(count, client.shape, outputs))
         total = flops.count(lambda: program.join(program.run(x), y)[0].backward())
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     return total // count, tuple(unused)

@@ -130,12 +130,13 @@ class Partition:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Model:
-    """The clients' models: a built-in name, `timm/NAME`, or `package.module:factory`; of text a built-in, or `hf/NAME`.
+    """The clients' models: a built-in name, `timm/NAME`, `hf/NAME`, or `package.module:factory`; of text the built-in
+    ones for it, or `hf/NAME`.
 
     Built in are the paper's `cnn-1` to `cnn-5`, of its MNIST-size family for images up to 28 pixels and of its CIFAR
     family above; `resnet-18`, `-34` and `-50`; `vit-tiny`, `-small` and `-base`. For text `llama-nano`, `-tiny` and
-    `-small`, and so on with `qwen`, `gpt2` and `gemma`; or any causal language model of Hugging Face's transformers,
-    `hf/NAME`, NAME being a folder or a name on its hub.
+    `-small`, and so on with `qwen`, `gpt2` and `gemma`. `hf/NAME` is an image classifier of Hugging Face's
+    transformers, or of text any causal language model, NAME being a folder or a name on its hub.
     """
 
     local: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
@@ -146,11 +147,11 @@ class Model:
     """What a client whose local expert is of another width than the global expert puts behind the latter: a private
     linear layer to its own width, or nothing, which is an error then."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """Weights that a language model `hf/NAME` begins with: those that come with it, or such as its family begins
-    training with."""
+    """Weights that `hf/NAME` begins with: those that come with it, or such as its family begins training with."""
     tune: Literal["full", "lora", "frozen"] = "full"
-    """What of a local language model trains: all; low-rank adapters of its body's linear layers (`lora`, by peft); or
-    no more than its head, and not that where it is the embeddings (`frozen`). The global expert always trains."""
+    """What of a local expert of transformers trains: all; low-rank adapters of its body's linear layers, and an image
+    classifier's header (`lora`, by peft); or no more than its header, and not that where it is the embeddings
+    (`frozen`). The global expert always trains."""
     lora_rank: int = 16
     """Rank of the adapters (lora)."""
     lora_alpha: float = 32.0

@@ -1,10 +1,9 @@
 """One client's model, as the program an engine runs: two experts, a gate and a header; and theta, its shared part."""
 
-import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedmoe import config as settings
-from fedmoe import experts, optimizer
+from fedmoe import experts
 from fedmoe.config import Config, Model
-from fedmoe.engine.pretend import pretended
 from fedmoe.engine.program import Branch, Outputs, Program
 from fedmoe.engine.seam import Payload, Schema, TensorSpec
 from fedmoe.engine.seeds import derive, globals_kept, seed_globals
@@ -223,19 +221,6 @@ def build_global(config: Config, shape: tuple[int, ...], outputs: int) -> nn.Mod
     return made
 
 
-def blank(count: int, shape: tuple[int, ...], outputs: int) -> tuple[Tensor, Tensor]:
-    """So many blank inputs and their targets: fp32 [B, C, H, W] and int64 [B], or int64 [B, T] both."""
-    y = torch.arange(count) % outputs
-    if len(shape) > 1:
-        return torch.zeros(count, *shape), y
-    return torch.zeros(count, *shape, dtype=torch.int64), y[:, None].expand(count, *shape)
-
-
-def trial(model: Mixture, shape: tuple[int, ...]) -> AbstractContextManager[Mixture]:
-    """A copy to try things with; a language model's, which may be large, has no memory, nor has what it computes."""
-    return pretended(model) if len(shape) == 1 else nullcontext(copy.deepcopy(model))
-
-
 def theta_tensors(global_expert: nn.Module) -> list[Tensor]:
     """What theta consists of: parameters, then float buffers, in registration order; integer buffers never leave."""
     return [*global_expert.parameters(), *(b for b in global_expert.buffers() if b.is_floating_point())]
@@ -258,36 +243,6 @@ def schema(global_expert: nn.Module | None) -> Schema:
     if global_expert is None:
         return {}
     return {"theta": TensorSpec(torch.float32, (sum(t.numel() for t in theta_tensors(global_expert)),))}
-
-
-def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: int, batch: int, who: str) -> None:
-    """Take a training step and evaluate on `batch` blank inputs, on a copy; raise UserError about `who` if that fails.
-
-    A model that cannot train, or whose state is not all in parameters and buffers that exist from the start, is found
-    here, before anything is written.
-    """
-    for module in model.modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            kind = type(module).__name__
-            raise UserError(f"{who}: {kind} keeps state outside of tensors, which would be lost: use buffers")
-    before = _tensors(model)
-    with trial(model, shape) as model:
-        model.head = "plain"  # the kernels do not run on the CPU, where this is
-        x, y = blank(batch, shape, outputs)
-        try:
-            with globals_kept():
-                model.train().join(model.program().run(x), y)[0].backward()
-                optimizer.make(config.training, model.parameters()).step()
-                model.eval()(x)
-        except (Exception, SystemExit) as error:  # whatever a user's model raises
-            fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
-            raise UserError(
-                f"{who}: a training step with {batch} samples fails: {experts.reason(error)}{fix}"
-            ) from error
-    if odd := sorted(set(before.items()) ^ set(_tensors(model).items())):
-        raise UserError(
-            f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"
-        )
 
 
 def check_head(config: Config, device: torch.device) -> None:
@@ -335,11 +290,6 @@ def _only_linear(header: nn.Linear) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = any(getattr(header, kind) or getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
     return type(header) is nn.Linear and "forward" not in vars(header) and not hooked
-
-
-def _tensors(model: nn.Module) -> dict[str, str]:
-    """Type and shape of every parameter and buffer by name."""
-    return {name: f"{t.dtype} {list(t.shape)}" for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def _seeded(seed: int, stream: str, client: int, make: Callable[[], Made]) -> Made:

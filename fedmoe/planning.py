@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmoe import engines, experts, meaning, mixture, optimizer, partition
+from fedmoe import engines, experts, meaning, mixture, optimizer, partition, rehearsal
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
@@ -107,8 +107,10 @@ def models(config: Config, dataset: Dataset, split: Split) -> dict[str, Mixture]
                 f"training.micro_batch is {t.micro_batch}, but with model {name!r} {norm} takes statistics of whole "
                 f"batches, of {most}: set it to 0, or choose other norms"
             )
-        if config.data.kind != "text" or config.engine.kind == "reference":  # else finding its memory is a rehearsal
-            mixture.rehearse(config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}")
+        if config.data.kind != "text" or config.engine.kind == "reference":  # else its memory is found by one
+            rehearsal.rehearse(
+                config, model, dataset.shape, dataset.outputs, batch, f"model {name!r}, client {smallest}"
+            )
     unused = not any(hasattr(model, "adapter") for model in made.values())
     if config.model.adapter != "none" and config.method != "local" and unused:
         warn(f"model.adapter = {config.model.adapter} has no effect where all experts are of one width")
@@ -258,7 +260,7 @@ def _taken_by_images(model: Mixture, given: Sizes, dataset: Dataset) -> int:
 
     with globals_kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
         # Held until the sum is taken: a storage that is let go of could lend its address to the next.
-        x, y = mixture.blank(2, dataset.shape, dataset.outputs)
+        x, y = rehearsal.blank(2, dataset.shape, dataset.outputs)
         loss, _ = model.join(model.program().run(x), y)
     count = sum(size for address, size in kept.items() if address not in own)
     del loss

@@ -190,9 +190,11 @@ class ReportSections:
             [s.classes[c], f"{len(w):,}", *(f"{of(w):.4f}" for of in (statistics.mean, min, statistics.median, max))]
             for c, w in sorted(by_class.items())
         ]
-        made = table("Weight by class", ["class", "samples", "mean", "lowest", "median", "highest"], rows)
+        # What a text is labelled by is where it comes from.
+        kind = "source" if s.config.data.kind == "text" else "class"
+        made = table(f"Weight by {kind}", [kind, "samples", "mean", "lowest", "median", "highest"], rows)
         drawn = "".join(f"<div>{self._figure(plot)}</div>" for plot in plots)
-        return paragraphs([what]) + f'<div class="pair">{drawn}</div>' + details("Weight by class", made)
+        return paragraphs([what]) + f'<div class="pair">{drawn}</div>' + details(f"Weight by {kind}", made)
 
     def _representations(self) -> str:
         s = self._s
@@ -205,7 +207,7 @@ class ReportSections:
         colors = reportfigures.class_colors(label for one in s.pictures for label in one.labels)
         names = [(s.classes[c], color) for c, color in colors.items()]
         if any(label not in colors for one in s.pictures for label in one.labels):
-            names.append(("other classes", reportfigures.GRAY))
+            names.append(("all others", reportfigures.GRAY))
         made = ""
         for client, kind, figure in reportfigures.pictures(s.pictures, s.classes):
             title = f"Client {client} ({self._model(client)}): {kind}"

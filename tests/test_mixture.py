@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmoe import mixture
+from fedmoe import mixture, rehearsal
 from fedmoe.config import Config, Gate, Model
 from fedmoe.engine.seam import TensorSpec, violations
 from fedmoe.errors import UserError
@@ -303,13 +303,13 @@ def make_detached(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module,
 def test_models_that_cannot_train_or_be_kept_are_found_in_rehearsal(factory: str, complaint: str) -> None:
     m = made(model=Model(local=(f"{__name__}:{factory}",)))
     with pytest.raises(UserError, match=complaint):
-        mixture.rehearse(Config(), m, SHAPE, CLASSES, 4, factory)
+        rehearsal.rehearse(Config(), m, SHAPE, CLASSES, 4, factory)
 
 
 def test_rehearsal_changes_nothing() -> None:
     m = made(model=Model(local=(f"{__name__}:make_normed",)), gate=Gate(norm="paper"))
     before = {name: tensor.clone() for name, tensor in m.state_dict().items()}
-    mixture.rehearse(Config(), m, SHAPE, CLASSES, 4, "normed")
+    rehearsal.rehearse(Config(), m, SHAPE, CLASSES, 4, "normed")
     assert all(torch.equal(before[name], tensor) for name, tensor in m.state_dict().items())
     assert all(p.grad is None for p in m.parameters())
 
@@ -339,4 +339,4 @@ def test_global_expert_must_have_something_to_share_in_float32(factory: str) -> 
 def test_batch_normalization_of_single_samples_is_found_in_rehearsal() -> None:
     m = made(gate=Gate(norm="paper"))
     with pytest.raises(UserError, match=r"with 1 samples fails: .*; raise training.batch_size or partition"):
-        mixture.rehearse(Config(), m, SHAPE, CLASSES, 1, "cnn-1")
+        rehearsal.rehearse(Config(), m, SHAPE, CLASSES, 1, "cnn-1")
