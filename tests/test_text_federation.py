@@ -23,11 +23,11 @@ ADAMW = Training(optimizer="adamw", lr=2e-3, batch_size=8, clip_norm=1.0)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sources of 40 windows or more, each of other words."""
+    """Four sources of 25 windows or more, each of other words."""
     folder = tmp_path_factory.mktemp("corpus")
     for i, words in enumerate(("one two three four", "red green blue", "north south east west", "do re mi fa sol")):
         (folder / f"{i}.txt").write_text(
-            " ".join(words.split()[(7 * n * n + n) % len(words.split())] for n in range(170))
+            " ".join(words.split()[(7 * n * n + n) % len(words.split())] for n in range(120))
         )
     return folder
 
@@ -123,7 +123,7 @@ WORDS = (
 
 def test_commands_take_text(corpus: Path, fedmoe: Fedmoe, tmp_path: Path) -> None:
     words = (*WORDS, "--data.name", str(corpus))
-    done = fedmoe("train", *words, "--federation.rounds", "3", "--run.dir", "run", "--evaluation.aggregated")
+    done = fedmoe("train", *words, "--federation.rounds", "2", "--run.dir", "run", "--evaluation.aggregated")
     assert done.code == 0, done
     assert "perplexity" in done.out and "samples/s" in done.out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -139,12 +139,8 @@ def test_commands_take_text(corpus: Path, fedmoe: Fedmoe, tmp_path: Path) -> Non
     assert "Perplexity over rounds" in page and f"{lines[-1]['perplexity']['mean']:,.2f}" in page
     done = fedmoe("eval", "run", "--json")
     assert json.loads(done.out)["perplexity"]["clients"] == last
-    done = fedmoe("resume", "run", "--rounds", "4")
-    assert done.code == 0, done
     done = fedmoe("plan", *words, "--json")
     assert done.code == 0 and json.loads(done.out)["predicted"]["activations"] > 0
-    done = fedmoe("partition", *words)
-    assert done.code == 0 and "4 clients hold" in done.out
 
 
 @pytest.mark.parametrize(
