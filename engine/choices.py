@@ -140,25 +140,20 @@ class Choices:
     def _way(self, low: int, room: int) -> None:
         """Decide on the first way of taking a step that fits, or else the last; from then on, sizes are that way's."""
         given = self.sizes
-        asked = given.backward < given.batch
+        asked, taken = given.backward < given.batch, 0
         for way in given.ways:
-            kinds = zip(given.architectures, way.activations, strict=True)
-            self.sizes = replace(
-                given,
-                micro_batch=way.micro_batch,
-                checkpointing="on" if way.checkpointing else "off",
-                architectures=tuple(replace(a, activations=count) for a, count in kinds),
-            )
+            self.sizes = given.taken(way)
             if (taken := work(self.sizes, 1, 1, 1, low, self.gpu).total) <= room:
                 break
-        first = given if not given.ways else replace(given, architectures=self.sizes.architectures)
-        whole, chosen = self.sizes.backward == self.sizes.batch, self.sizes
+        chosen = self.sizes
         if asked or not given.ways:
             reason = "training.micro_batch asks for it" if asked else "a batch is taken whole"
-        elif whole:
+        elif taken > room:
+            reason = f"no way fits: with one client this takes {amount(taken)} of {amount(room)}"
+        elif chosen.backward == chosen.batch:
             reason = f"the whole batch of {chosen.batch} fits: with one client {amount(taken)} of {amount(room)}"
         else:
-            reason = f"with more of the {first.batch} in a batch, one client does not fit in {amount(room)}"
+            reason = f"with more of the {chosen.batch} in a batch, one client does not fit in {amount(room)}"
         self.reasons["micro_batch"] = reason
         on = chosen.checkpointing == "on"
         if given.checkpointing != "auto":

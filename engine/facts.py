@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +109,16 @@ class Sizes:
     """Bytes of the data set."""
     branches: int
     """Parts of a model that may run side by side."""
+
+    def taken(self, way: Way) -> "Sizes":
+        """These where steps are taken that way."""
+        kinds = zip(self.architectures, way.activations, strict=True)
+        return replace(
+            self,
+            micro_batch=way.micro_batch,
+            checkpointing="on" if way.checkpointing else "off",
+            architectures=tuple(replace(a, activations=count) for a, count in kinds),
+        )
 
     @property
     def backward(self) -> int:

@@ -15,3 +15,9 @@ class DiskError(UserError):
 
 class OutputLost(Exception):
     """Nobody takes the output any more, as when `| head` has seen enough."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
+    return lines[0] if lines[0].rstrip(": ") != type(error).__name__ or len(lines) < 2 else f"{lines[0]} {lines[1]}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmoe import config as settings
 from fedmoe.engine.seeds import globals_kept
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.models import cnn, hf, resnet, timm, vit
 
 FAMILIES = {name: family for family in (cnn, resnet, vit) for name in family.NAMES}
@@ -65,11 +65,6 @@ def check_name(name: str) -> None:
 def width(extractor: nn.Module, shape: tuple[int, ...]) -> int:
     """D, the width of `extractor`'s representation, found by running it on two blank images."""
     return _probe(extractor, torch.zeros(2, *shape)).shape[-1]
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _factory(name: str) -> Callable[[tuple[int, int, int], int], object]:

@@ -16,8 +16,7 @@ from torch.export import Dim, ExportedProgram
 from fedmoe import checkpoint, serving, textexport, textserving
 from fedmoe.config import EXPORTS
 from fedmoe.display import Output, say, warn
-from fedmoe.errors import UsageError, UserError
-from fedmoe.experts import reason
+from fedmoe.errors import UsageError, UserError, reason
 from fedmoe.files import whole_folder, write
 from fedmoe.serving import Card, Served
 from fedmoe.signals import interrupting

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fedmoe import engines, experts, meaning, mixture, optimizer, partition, rehearsal
+from fedmoe import engines, meaning, mixture, optimizer, partition, rehearsal
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
@@ -28,7 +28,7 @@ from fedmoe.engine.plan import CHOICES, Plan, plan
 from fedmoe.engine.program import batch_statistics
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.engine.step import How
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
 from fedmoe.mixture import Mixture
 from fedmoe.models.language import Body
@@ -189,7 +189,7 @@ def _ways(
 
     whole = taken(given.batch, t.micro_batch, asked == "on")
     found = [Way(micro_batch=t.micro_batch, checkpointing=asked == "on", activations=whole)]
-    if _fits(given, whole, low, on):
+    if _fits(given, found[0], low, on):
         return tuple(found)
     for checkpointing in (False, True) if asked == "auto" else (asked == "on",):
         # Each further sample takes as much more as the third does.
@@ -200,17 +200,15 @@ def _ways(
             activations = tuple(a + (count - 2) * more for a, more in zip(two, each, strict=True))
             parted = 0 if count == given.batch else count
             found.append(Way(micro_batch=parted, checkpointing=checkpointing, activations=activations))
-        if _fits(given, found[-1].activations, low, on):
+        if _fits(given, found[-1], low, on):
             break
     return tuple(found)
 
 
-def _fits(given: Sizes, activations: tuple[int, ...], low: int, on: Facts) -> bool:
+def _fits(given: Sizes, way: Way, low: int, on: Facts) -> bool:
     """Whether each kind of client can train so by itself."""
-    kinds = zip(given.architectures, activations, strict=True)
-    sized = replace(given, architectures=tuple(replace(a, activations=count) for a, count in kinds))
     free = on.device_free if on.device == "cuda" else on.host_available
-    return work(sized, 1, 1, 1, low, on.device == "cuda").total <= free * 4 // 5
+    return work(given.taken(way), 1, 1, 1, low, on.device == "cuda").total <= free * 4 // 5
 
 
 def _taken_by_text(
@@ -234,7 +232,7 @@ def _taken_by_text(
     try:
         found = footprint(model, Mixture.program, samples, rule, how[0], batch, evaluated, micro_batch, how[1])
     except Exception as error:  # whatever a library's model raises
-        raise UserError(f"model {its.name!r}: a step cannot be taken: {experts.reason(error)}") from error
+        raise UserError(f"model {its.name!r}: a step cannot be taken: {reason(error)}") from error
     finally:
         model.head = was
     # While the fused head works, besides what it gives.

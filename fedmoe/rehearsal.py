@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from fedmoe import experts, optimizer
+from fedmoe import optimizer
 from fedmoe.config import Config
 from fedmoe.engine.pretend import pretended
 from fedmoe.engine.seeds import globals_kept
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.mixture import Mixture
 
 
@@ -48,9 +48,7 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: in
                 model.eval()(x)
         except (Exception, SystemExit) as error:  # whatever a user's model raises
             fix = "; raise training.batch_size or partition.min_samples, or choose other norms" if batch == 1 else ""
-            raise UserError(
-                f"{who}: a training step with {batch} samples fails: {experts.reason(error)}{fix}"
-            ) from error
+            raise UserError(f"{who}: a training step with {batch} samples fails: {reason(error)}{fix}") from error
     if odd := sorted(set(before.items()) ^ set(_tensors(model).items())):
         raise UserError(
             f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"

@@ -56,6 +56,21 @@ class Serving(nn.Module):
         return program.logits(outputs).softmax(dim=1), weights
 
 
+def described(card: Any, format: int, data: dict[str, Any]) -> str:
+    """A card as JSON: all its fields, and of its configuration what a model is made of, with this of `data`."""
+    c: Config = card.config
+    kept = {
+        "method": c.method,
+        "static_weight": c.static_weight,
+        "model": dataclasses.asdict(c.model),
+        "gate": dataclasses.asdict(c.gate),
+        "data": data,
+    }
+    fields = {f.name: getattr(card, f.name) for f in dataclasses.fields(card)}
+    content = {"format": format, "fedmoe": __version__} | fields | {"config": kept}
+    return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """What a served model is; `config.json` of an export."""
@@ -76,17 +91,7 @@ class Card:
 
     def to_json(self) -> str:
         """As `read` takes it."""
-        c = self.config
-        kept = {
-            "method": c.method,
-            "static_weight": c.static_weight,
-            "model": dataclasses.asdict(c.model),
-            "gate": dataclasses.asdict(c.gate),
-            "data": {"mean": c.data.mean, "std": c.data.std},
-        }
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        content = {"format": FORMAT, "fedmoe": __version__} | fields | {"config": kept}
-        return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)
+        return described(self, FORMAT, {"mean": self.config.data.mean, "std": self.config.data.std})
 
     @classmethod
     def read(cls, folder: Path) -> "Card":

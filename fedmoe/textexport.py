@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from fedmoe import checkpoint, files, serving, textserving
-from fedmoe.errors import UserError
-from fedmoe.experts import reason
+from fedmoe.errors import UserError, reason
 from fedmoe.models import hf
 from fedmoe.models.language import Body
 from fedmoe.textserving import ADAPTER, BASE, CARD, GLOBAL, MIXTURE, Served

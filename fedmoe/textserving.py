@@ -1,6 +1,5 @@
 """A trained client of text as a model to use, from a run or an export: a prompt in, the text that follows it out."""
 
-import dataclasses
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fedmoe import __version__, checkpoint, configfile, meaning, mixture, serving
+from fedmoe import checkpoint, configfile, meaning, mixture, serving
 from fedmoe.checkpoint import Entry
 from fedmoe.client import load_data
 from fedmoe.config import Config
@@ -50,17 +49,7 @@ class Card:
 
     def to_json(self) -> str:
         """As `read` takes it."""
-        c = self.config
-        kept = {
-            "method": c.method,
-            "static_weight": c.static_weight,
-            "model": dataclasses.asdict(c.model),
-            "gate": dataclasses.asdict(c.gate),
-            "data": {"kind": "text", "sequence_length": c.data.sequence_length},
-        }
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        content = {"format": FORMAT, "fedmoe": __version__} | fields | {"config": kept}
-        return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)
+        return serving.described(self, FORMAT, {"kind": "text", "sequence_length": self.config.data.sequence_length})
 
     @classmethod
     def read(cls, folder: Path) -> "Card":

@@ -226,3 +226,12 @@ def test_a_step_is_taken_the_first_way_that_fits() -> None:
     made = decide(CARD, replace(large, samples=0, checkpointing="off", ways=ways[:3]), precision="fp32")
     assert (made.micro_batch, made.activation_checkpointing) == (1, False)
     assert "with more of the 64 in a batch, one client does not fit in" in made.reasons["micro_batch"]
+
+
+def test_a_step_that_fits_in_no_way_is_not_said_to() -> None:
+    ways = (Way(micro_batch=0, checkpointing=False, activations=(99 * GB,)),)
+    large = federation(kind(clients=2, trainable=LARGE), sampled=1, samples=0, ways=ways)
+    made, warning = refused(CARD, large, precision="fp32")
+    assert "takes about" in warning and made.reasons["micro_batch"].startswith(
+        "no way fits: with one client this takes 99"
+    )

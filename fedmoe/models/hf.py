@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmoe import config as settings
 from fedmoe.engine.seeds import globals_kept
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.models import attention, tuning
 
 PREFIX = "hf/"
@@ -179,12 +179,6 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
         return ours.shape == theirs.shape
     allowed = 1e-4 if ours.dtype == torch.float32 else 2e-2
     return bool((ours.float() - theirs.float()).abs().max() <= allowed * theirs.abs().max())
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-    return lines[0] if lines[0].rstrip(": ") != type(error).__name__ or len(lines) < 2 else f"{lines[0]} {lines[1]}"
 
 
 def _fit(source: Source, shape: tuple[int, int, int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe import config as settings
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.models import hf, tuning
 from fedmoe.models.attention import capped
 
@@ -124,7 +124,7 @@ def _check(name: str, whole: Any, body: Any, header: nn.Linear, softcap: float |
         own = hf.evaluated(whole, lambda: whole(input_ids=tokens, use_cache=False).logits)
         ours = hf.evaluated(whole, parts)
     except Exception as error:  # whatever a model raises
-        raise UserError(f"model {name!r} does not run on tokens: {hf.reason(error)}") from error
+        raise UserError(f"model {name!r} does not run on tokens: {reason(error)}") from error
     if not hf.same(ours, own):
         raise UserError(f"model {name!r} does more than a linear header to make logits, which is not supported")
     if not hf.same(own[0, 0], own[1, 0]):
