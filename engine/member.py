@@ -10,6 +10,11 @@ from fedmoe.engine.program import Program
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State
 
 
+def input_shape(inputs: Tensor) -> tuple[int, ...]:
+    """Of what a model is given of a federation's inputs: (channels, height, width), or (T,) of windows of T + 1."""
+    return tuple(inputs.shape[1:]) if inputs.ndim > 2 else (inputs.shape[1] - 1,)
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
     """All clients' samples, and how a batch of them becomes input."""
@@ -26,8 +31,7 @@ class Samples:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one input: (channels, height, width), or (T,)."""
-        shape = tuple(self.inputs.shape[1:])
-        return shape if len(shape) > 1 else (shape[0] - 1,)
+        return input_shape(self.inputs)
 
     @property
     def targets(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedmoe import checkpoint, data, mixture, optimizer, partition, rehearsal
 from fedmoe import config as settings
 from fedmoe.config import Config
+from fedmoe.engine.member import input_shape
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
 from fedmoe.engine.seeds import globals_kept
 from fedmoe.errors import UserError
@@ -30,7 +31,7 @@ class Client:
     ) -> None:
         self.config, self.id, self.training, self.outputs = config, id, training, outputs
         self.inputs, self.labels = inputs.to(device), labels.to(device)
-        self.shape = data.shape(inputs)
+        self.shape = input_shape(inputs)
         self.targets = 1 if len(self.shape) > 1 else self.shape[0]
         """How many a sample has: 1, or T."""
         self.held_out = torch.arange(training, len(labels), device=device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmoe import config as settings
+from fedmoe.engine.member import input_shape
 from fedmoe.engine.seeds import generator
 from fedmoe.errors import UserError
 from fedmoe.sources import arrays, columnar, local, text
@@ -48,17 +49,12 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of a model's input: (channels, height, width), or (T,)."""
-        return shape(self.inputs)
+        return input_shape(self.inputs)
 
     @property
     def outputs(self) -> int:
         """What a model predicts: how many classes, or tokens."""
         return len(self.classes) if self.tokenizer is None else self.tokenizer.size
-
-
-def shape(inputs: Tensor) -> tuple[int, ...]:
-    """Of a model's input, for a data set's inputs: (channels, height, width), or (T,)."""
-    return tuple(inputs.shape[1:]) if inputs.ndim > 2 else (inputs.shape[1] - 1,)
 
 
 def load(config: settings.Data, seed: int) -> Dataset:
