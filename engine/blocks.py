@@ -36,10 +36,12 @@ class Buffer:
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One version of a client's state. Its bytes never change; where they are does."""
+    """A piece of a version of a client's state, or all of it. Its bytes never change; where they are does."""
 
     client: int
     size: int  # bytes
+    place: int = 0
+    """Which of the version's pieces it is."""
     tier: Tier = Tier.FILE
     buffer: Buffer | None = None
     """Of a block in memory, or on its way to a file."""
@@ -203,6 +205,36 @@ class Done:
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+
+class Leaving:
+    """The handle of copies out of a region one after the other, of which each may let the next tenant follow it."""
+
+    def __init__(self, gone: list[tuple[int, Handle]]) -> None:
+        self._gone = gone  # where each ended, an address, and when; in order
+
+    def wait(self, stream: torch.cuda.Stream | None = None) -> None:
+        """As Handle's, for all."""
+        self._gone[-1][1].wait(stream)
+
+    def query(self) -> bool:
+        """As Handle's."""
+        return self._gone[-1][1].query()
+
+    def synchronize(self) -> None:
+        """As Handle's."""
+        self._gone[-1][1].synchronize()
+
+    def until(self, end: int) -> Handle:
+        """Tells when all that lies before the address `end` has gone."""
+        return next((handle for stop, handle in self._gone if stop >= end), self._gone[-1][1])
+
+
+def until(handle: Handle, region: Tensor) -> Handle:
+    """Tells when this part of a region is free, if `handle` does so of all of it; no earlier than must be."""
+    if isinstance(handle, Leaving):
+        return handle.until(region.data_ptr() + region.numel())
+    return handle
 
 
 def copy(source: Tensor, target: Tensor, stream: torch.cuda.Stream | None, *buffers: Buffer) -> Handle:

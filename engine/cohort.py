@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedmoe.engine.arena import Layout
 from fedmoe.engine.graphs import Replayed, Track
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.lowered import Lowered
 from fedmoe.engine.member import SGD, AdamW
 from fedmoe.engine.optimizers import Scale, Segment, Update

@@ -66,6 +66,10 @@ class Architecture:
     """Bytes of buffers."""
     state: int
     """Bytes that persist: parameters, buffers, optimizer state."""
+    constants: int = 0
+    """Of these, bytes that never change: they come in with a client, but do not go out."""
+    same: bool = False
+    """Whether all its clients have the same constants, which are then kept once."""
     activations: int = 0
     """Bytes that a step, or a batch of an evaluation if that is more, takes besides state and gradients."""
     batch_statistics: bool = False

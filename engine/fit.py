@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from fedmoe.engine.facts import Architecture, Sizes
+from fedmoe.engine.store import PIECE
 
 LARGE = 16_000_000
 """Trainable parameters from which a client runs alone: it fills a GPU by itself, and several take its memory."""
@@ -112,14 +113,16 @@ def widest(
 
 
 def place(sizes: Sizes, device: int, host: int) -> tuple[int, int, int]:
-    """Bytes of all clients' states that lie on the device, on the host and in files, whole clients, in this order."""
+    """Bytes of all clients' states that lie on the device, on the host and in files, in this order."""
     placed, left = [0, 0, 0], [device, host]
-    for architecture in sizes.architectures:
-        waiting = architecture.clients
+    kinds = [(a.state - a.constants, a.clients) for a in sizes.architectures]
+    kinds += [(a.constants, 1 if a.same else a.clients) for a in sizes.architectures]
+    for size, count in kinds:
+        waiting, unit = size * count, max(1, min(size, PIECE))
         for tier in range(2):
-            here = min(waiting, left[tier] // max(1, architecture.state))
-            placed[tier] += here * architecture.state
-            left[tier] -= here * architecture.state
+            here = min(waiting, left[tier] // unit * unit)
+            placed[tier] += here
+            left[tier] -= here
             waiting -= here
-        placed[2] += waiting * architecture.state
+        placed[2] += waiting
     return placed[0], placed[1], placed[2]

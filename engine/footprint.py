@@ -6,8 +6,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.arena import Arena
 from fedmoe.engine.graphs import Track
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import SGD, AdamW, Samples
 from fedmoe.engine.pretend import Live, pretended
 from fedmoe.engine.program import Program

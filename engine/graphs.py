@@ -15,6 +15,11 @@ MOST_GRAPHS = 64
 """Of a track; of more, the least recently used is dropped."""
 
 
+LARGE = 256 * 10**6
+"""Bytes of a tensor that is put aside on the host while a step is captured: half of what a plan sets aside for graphs
+and workspaces."""
+
+
 class Track:
     """What of a device one lane's steps use, and nobody else's at the same time: streams for branches, and graphs.
 
@@ -61,7 +66,7 @@ class Track:
         self, step: Callable[[], None], changing: Sequence[Tensor], restart: Callable[[], None]
     ) -> torch.cuda.CUDAGraph:
         """Capture a step; warming up takes some, so `changing` is put back, and `restart` called, before and after."""
-        kept, random = [tensor.clone() for tensor in changing], torch.cuda.get_rng_state()
+        kept, random = [_aside(tensor) for tensor in changing], torch.cuda.get_rng_state()
         side, current = self._stream, torch.cuda.current_stream()
         assert side is not None
         side.wait_stream(current)
@@ -89,6 +94,11 @@ class Track:
             for tensor, value in zip(changing, kept, strict=True):
                 tensor.copy_(value)
             restart()
+
+
+def _aside(tensor: Tensor) -> Tensor:
+    """A copy, of a large one on the host: once for each shape of a batch, that costs less than the memory."""
+    return tensor.to("cpu" if tensor.nbytes > LARGE else tensor.device, copy=True)
 
 
 class Replayed:

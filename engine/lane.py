@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.arena import Arena
 from fedmoe.engine.blocks import Handle
 from fedmoe.engine.cohort import Cohort
 from fedmoe.engine.graphs import Track
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import Member
 from fedmoe.engine.ranges import in_lane, phase
 from fedmoe.engine.rooms import Arrival, Room, Site, free_unused
@@ -113,7 +114,7 @@ class Lane:
                 break
             # Here no frame holds the tensors of the step that failed any more.
             step.halve(member.batch_size, f"client {member.id}, {member.architecture}")
-            self._site.store.load(member.id, room.region).wait()
+            self._site.store.load(member.id, room.region, constants=False).wait()
         more: Metrics = {"parts": step.parts}
         skipped = [] if step.scale is None else [step.scale.skipped]
         numbers, *rest = yield from self._fetched([scalars, *skipped, *packed.values()])

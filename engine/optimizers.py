@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fedmoe.engine.arena import Arena, Layout, Range
+from fedmoe.engine.arena import Arena
+from fedmoe.engine.layout import Layout, Range
 from fedmoe.engine.member import SGD, AdamW
 from fedmoe.kernels import flat_optimizer, flat_optimizer_oracle
 from fedmoe.kernels.flat_optimizer import Control, Moments

@@ -33,6 +33,8 @@ class Program:
     """From the branches' outputs and targets [B] or [B, T] to (loss [], correct [])."""
     segments: Mapping[str, tuple[str, ...]]
     """Names of the children of `modules` that each named segment of state holds; a child is in one segment."""
+    constants: frozenset[str] = frozenset()
+    """Names of parameters that never change and come with the modules: of no state more than their digest is kept."""
 
     def run(self, x: Tensor) -> dict[str, Tensor]:
         """Every branch's output on `x`, one after the other."""

@@ -46,11 +46,23 @@ class Room:
         self.cohorts: dict[tuple[str, int], Cohort] = {}  # by architecture and rows
         self.left: Handle | None = None
         """When those that were here last will have gone out, if they have to."""
+        self._constants: dict[int, int | None] = {}  # those in each row, which outlast the client that had them
+        self._size = 0  # of a row
         self._device = device
 
     def row(self, number: int, size: int) -> Tensor:
         """uint8 [size], where the block of a unit's client lies."""
         return self.region[number * size : (number + 1) * size]
+
+    def has(self, row: int, size: int, constants: int | None) -> bool:
+        """Whether a row of so many bytes has these constants already."""
+        return size == self._size and self._constants.get(row) == constants
+
+    def taken(self, row: int, size: int, constants: int | None) -> None:
+        """Note that a client with these constants has come into the row."""
+        if size != self._size:
+            self._size, self._constants = size, {}
+        self._constants[row] = constants
 
     def fit(self, size: int, track: Track) -> None:
         """Have a region of at least `size` bytes."""
@@ -63,7 +75,7 @@ class Room:
         """Give up the region and all that is bound to it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # copies out of it, and graphs
-        self.steps, self.cohorts, self.left = {}, {}, None
+        self.steps, self.cohorts, self.left, self._size = {}, {}, None, 0
         track.drop()  # the other room's, too, but it is seldom
         self.region = torch.empty(0, dtype=torch.uint8)
         gc.collect()  # steps and their graphs know each other, and all of them the region
@@ -87,7 +99,7 @@ class Arrival:
     def go_on(self) -> None:
         """Begin to bring in who can come without waiting, if that is allowed and there is memory."""
         try:
-            while self.early and self._rest and self._site.store.ready(self._rest[0]):
+            while self.early and self._rest and self._site.store.ready(self._rest[0], self._anew()):
                 self._load()
         except torch.OutOfMemoryError:  # until the unit before has gone
             self.early = False
@@ -107,9 +119,11 @@ class Arrival:
             self._last.wait()
 
     def _load(self) -> None:
-        room = self._room
+        room, store, client = self._room, self._site.store, self._rest[0]
         room.fit(self._rows * self._size, self._track)
-        self._last = self._site.store.load(self._rest[0], room.row(self._row, self._size), room.left)
+        region = room.row(self._row, self._size)
+        self._last = store.load(client, region, room.left, self._anew())
+        room.taken(self._row, self._size, store.constants(client))
         self._row += 1
         del self._rest[0]
         self._read_ahead()
@@ -117,7 +131,11 @@ class Arrival:
     def _read_ahead(self) -> None:
         for client in self._rest[:1]:
             self._site.roster[client]
-            self._site.store.prefetch(client)
+            self._site.store.prefetch(client, self._anew())
+
+    def _anew(self) -> bool:
+        """Whether the constants of who comes next have to come, too."""
+        return not self._room.has(self._row, self._size, self._site.store.constants(self._rest[0]))
 
 
 def free_unused(device: torch.device) -> None:

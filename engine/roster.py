@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from fedmoe.engine.arena import Layout
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import Federation, Member
 from fedmoe.engine.seam import State
 from fedmoe.engine.store import Store
@@ -26,9 +26,12 @@ class Roster:
             known = self._layouts.setdefault(member.architecture, layout)
             if known != layout:
                 raise ValueError(f"client {client} is of architecture {member.architecture!r}, but its tensors differ")
-            block = torch.empty(layout.size, dtype=torch.uint8)
+            block = torch.empty(layout.moving, dtype=torch.uint8)
             layout.pack(state, block)
             self._store.add(client, block)
+            if layout.size > layout.moving:
+                key, modules = bytes(state["constants"].tolist()), program.modules
+                self._store.add_constants(client, key, lambda: layout.constants(modules))
             self._members[client] = member
         member = self._members[client]
         return member, self._layouts[member.architecture]

@@ -37,6 +37,8 @@ class _Transfer:
 class Staging:
     """Writes blocks to `folder` and reads them from there, by way of `pool`'s buffers: `buffers(reads)` at a time.
 
+    With `wide` each of these may be as many blocks: the pieces of a large state.
+
     Nothing here moves a block but `write`, and only `settle` ends a write, so that whoever calls these methods, a
     single thread, is the only one to change where a block is; that is done under the pool's lock.
     """
@@ -45,6 +47,7 @@ class Staging:
         self.seconds_waited = 0.0
         self.bytes_written = 0
         self.bytes_read = 0
+        self.wide = 1
         self._pool, self._folder, self._reads = pool, folder, reads
         self._files = 0
         self._writing: dict[Block, _Transfer] = {}
@@ -85,7 +88,7 @@ class Staging:
 
     def room(self) -> None:
         """Wait until one more block may be written. Raises OSError as `settle` does."""
-        while len(self._writing) >= WRITES:
+        while len(self._writing) >= WRITES * self.wide:
             block, write = next(iter(self._writing.items()))
             if write.failed:
                 self._retry(block)
@@ -94,18 +97,18 @@ class Staging:
 
     def write(self, block: Block) -> None:
         """Begin to move the block, which is in the pool's memory, to a file. There must be `room`."""
-        assert len(self._writing) < WRITES and block.buffer is not None
+        assert len(self._writing) < WRITES * self.wide and block.buffer is not None
         self._files += 1
         block.path = self._folder / f"client-{block.client}.{self._files}.block"
         self._pool.hold(block.buffer)
         done = self._writer.submit(self._write_file, block.path, block.buffer)
         self._writing[block] = _Transfer(block.buffer, done)
 
-    def prefetch(self, block: Block, next_use: Callable[[Block], tuple[bool, float]]) -> None:
+    def prefetch(self, block: Block, next_use: Callable[[Block], tuple[bool, float, int]]) -> None:
         """Begin to read the block; of more than `reads` the one that is used latest is given up."""
         if block in self._reading:
             return
-        if len(self._reading) >= self._reads:
+        if len(self._reading) >= self._reads * self.wide:
             latest = max(self._reading, key=next_use)
             if next_use(latest) < next_use(block):
                 return
@@ -203,10 +206,14 @@ class Staging:
             self._folder.rmdir()
 
 
-def copied(
-    block: Block, lock: threading.Condition, pools: Mapping[Tier, Pool], stream: torch.cuda.Stream | None
-) -> Tensor:  # uint8 [n] on the CPU
-    """The block's bytes, wherever they are; on any thread, with `lock` held where that is looked up."""
+def copy_out(
+    block: Block,
+    data: Tensor,  # uint8 [n] on the CPU
+    lock: threading.Condition,
+    pools: Mapping[Tier, Pool],
+    stream: torch.cuda.Stream | None,
+) -> None:
+    """Copy the block's bytes, wherever they are; on any thread, with `lock` held where that is looked up."""
     with lock:
         buffer, pool = block.buffer, pools[block.tier]
         if buffer is not None:
@@ -217,16 +224,13 @@ def copied(
             file = block.path.open("rb")  # once open, its bytes outlive its name
     if buffer is None:
         with file:
-            data = torch.empty(block.size, dtype=torch.uint8)
             fill(data, file)
-        return data
+        return
     try:
-        data = torch.empty(block.size, dtype=torch.uint8)
         # A buffer of its own, so that `last`, which the other thread sets meanwhile, is left alone.
         copy(buffer.data, data, stream, Buffer(buffer.data, last)).synchronize()
     finally:
         pool.give_back(buffer)
-    return data
 
 
 def _remove(path: Path) -> None:

@@ -85,7 +85,7 @@ class Step:
         """Since `begin` the sum over training steps, or of an evaluation the sum over its samples."""
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         sums = [self.loss, self.correct]
-        training = [arena.block, *sums]
+        training = [arena.moving, *sums]
         if self.scale is not None:
             training += [self.scale.scale, self.scale.steps, self.scale.skipped]
         self._training = Replayed(lambda indices: self._take(indices), loader, track, training, self._restart)
@@ -142,7 +142,7 @@ class Step:
         x = x.to(torch.float32, memory_format=torch.channels_last)
         if any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in program.modules.modules()):
             return False
-        kept, y = self.arena.block.clone(), torch.zeros(2, dtype=torch.int64, device=self.device)
+        kept, y = self.arena.moving.clone(), torch.zeros(2, dtype=torch.int64, device=self.device)
         self.arena.refresh()
         program.modules.train()
         try:
@@ -154,7 +154,7 @@ class Step:
         except RuntimeError:
             return False
         finally:
-            self.arena.block.copy_(kept)
+            self.arena.moving.copy_(kept)
             for parameter in self.arena.parameters.values():
                 parameter.grad = None
 

@@ -1,28 +1,36 @@
-"""Where clients' states live: device memory, host memory or files, under memory budgets."""
+"""The store of clients' states: versions that are saved and committed, in pieces, and constants that never change."""
 
 import math
-import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedmoe.engine import blocks, staging
-from fedmoe.engine.blocks import Block, Buffer, Handle, Pool, Tier
+from fedmoe.engine.blocks import Block, Handle
+from fedmoe.engine.residency import Residency
 
 ALIGNMENT = 256  # bytes; an arena is a multiple of it
+
+PIECE = 128 * 2**20
+"""Bytes of a block at most. A larger state lies in several: one comes into a region as soon as another has gone out of
+its place, so that both directions of a bus are busy, and each may live elsewhere. At 25 GB/s one takes 5 ms."""
+
+Version = tuple[Block, ...]
+"""One state, in the order of its bytes."""
 
 
 class Store:
     """Keeps each client's committed version, and beside it the pending one of those saved since the last commit.
 
-    A version is a block of bytes that is never modified: saving makes a new one. All versions together take at most
-    `device_bytes` of device memory (none unless `device` is CUDA) and `host_bytes` of host memory (pinned for CUDA),
-    and as much of files as it takes. What is on its way between memory and files comes on top, up to
-    `staging.buffers(reads)` times the largest block, `reads` being how many are read ahead. `folder` is for this store
-    alone, made when first needed and gone after `close`; what a killed process left there is removed.
+    A version is never modified: saving makes a new one. Constants, which clients may share, are brought in behind their
+    versions and never go out. All together take at most `device_bytes` of device memory (none unless `device` is CUDA)
+    and `host_bytes` of host memory (pinned for CUDA), and as much of files as it takes. What is on its way between
+    memory and files comes on top, up to `staging.buffers(reads)` times the largest, `reads` being how many are read
+    ahead. `folder` is for this store alone, made when first needed and gone after `close`; what a killed process left
+    there is removed.
 
     A new version goes to the fastest tier that has room, or makes room by moving what is used later than it one tier
     down, the latest first: after what is expected comes what is not, then committed versions with a pending one
@@ -35,37 +43,30 @@ class Store:
     """
 
     def __init__(
-        self, device: torch.device, *, device_bytes: int, host_bytes: int, folder: Path, reads: int = staging.READS
+        self,
+        device: torch.device,
+        *,
+        device_bytes: int,
+        host_bytes: int,
+        folder: Path,
+        reads: int = staging.READS,
+        piece: int = PIECE,
     ) -> None:
-        if device_bytes < 0 or host_bytes < 0:
-            raise ValueError(f"a budget is negative: {device_bytes} bytes of device, {host_bytes} of host memory")
-        cuda = device.type == "cuda"
         device = torch.empty(0, device=device).device  # with its index
         self.device, self.folder = device, folder
-        self._budget = {Tier.DEVICE: device_bytes if cuda else 0, Tier.HOST: host_bytes}
-        self._blocks: dict[Tier, set[Block]] = {tier: set() for tier in Tier}
-        self._held = dict.fromkeys(Tier, 0)  # their bytes
-        self._committed: dict[int, Block] = {}
-        self._pending: dict[int, Block] = {}
-        self._unread: list[Block] = []  # dropped but for snapshots
+        self.residency = Residency(device, device_bytes, host_bytes, folder, reads, self._next_use)
+        self._committed: dict[int, Version] = {}
+        self._pending: dict[int, Version] = {}
+        self._constants: dict[Hashable, int] = {}  # each is kept as if it were of a client below 0
+        self._constant_of: dict[int, int] = {}  # by client
         self._uses: dict[int, deque[int]] = {}  # positions of each client's coming loads
-        self._largest = 0
-        self._closed = False
-        # Held while it changes where a block is, and while a reader looks that up.
-        self._lock = threading.Condition()
-        self._inward, self._outward, self._aside = (torch.cuda.Stream(device) if cuda else None for _ in range(3))
-        self._crossed = {"in": 0, "out": 0}  # bytes between device and host
-        host = blocks.host_pool(self._lock, host_bytes, cuda)
-        self._pools: dict[Tier, Pool] = {Tier.HOST: host, Tier.FILE: host}  # to files by way of the host
-        if self._outward is not None:
-            self._pools[Tier.DEVICE] = blocks.device_pool(self._lock, device_bytes, device, self._outward)
-        self._spare = staging.buffers(reads)  # of the largest block's size, on top of the budget
-        self._staging = staging.Staging(host, folder, reads)
+        self._piece = piece
+        self._largest = 0  # bytes of a version
 
     @property
     def held(self) -> dict[str, int]:
-        """Bytes of all versions, committed and pending, by tier: "device", "host", "file"."""
-        return {tier.name.lower(): n for tier, n in self._held.items()}
+        """Bytes of all versions, committed and pending, and of constants, by tier: "device", "host", "file"."""
+        return self.residency.held
 
     @property
     def bytes_moved(self) -> dict[tuple[str, str], int]:
@@ -73,15 +74,12 @@ class Store:
 
         For the host that is from and to the device, so nothing on the CPU.
         """
-        on_file = {"in": self._staging.bytes_read, "out": self._staging.bytes_written}
-        return {
-            (tier, way): n for tier, ways in (("host", self._crossed), ("file", on_file)) for way, n in ways.items()
-        }
+        return self.residency.bytes_moved
 
     @property
     def seconds_waited(self) -> float:
         """How long the caller stood still because of files."""
-        return self._staging.seconds_waited
+        return self.residency.seconds_waited
 
     def __contains__(self, id: int) -> bool:
         return id in self._committed
@@ -97,104 +95,115 @@ class Store:
         self._begin()
         n = block.numel()
         if id in self._committed:
-            raise ValueError(f"client {id} already has a state, of {self._committed[id].size} bytes; got one of {n}")
+            size = _size(self._committed[id])
+            raise ValueError(f"client {id} already has a state, of {size} bytes; got one of {n}")
         if n == 0 or n % ALIGNMENT:
             raise ValueError(f"a state is a multiple of {ALIGNMENT} bytes, that of client {id} is {n}")
         blocks.check(block, n, torch.device("cpu"))
-        new = Block(id, n)
-        self._largest = max(self._largest, n)
-        self._pools[Tier.HOST].limit = self._budget[Tier.HOST] + self._spare * self._largest
-        self._put(new, self._room(new, Tier.DEVICE), block).synchronize()
-        with self._lock:
+        new = self._new(id, n)
+        if n > self._largest:
+            self._largest = n
+            self.residency.widen(len(new), min(n, self._piece))
+        self._enter(new, block).synchronize()
+        with self.residency.lock:
             self._committed[id] = new
+
+    def add_constants(self, id: int, key: Hashable, make: Callable[[], Tensor]) -> None:
+        """From now on client `id` is loaded with constants behind its version: those of this key that are known.
+
+        Or else what `make` gives, uint8 [m] on the CPU, m a multiple of 256.
+        """
+        self._known(id)
+        if key not in self._constants:
+            number = -1 - len(self._constants)
+            self.add(number, make())
+            self._constants[key] = number
+        self._constant_of[id] = self._constants[key]
+
+    def constants(self, id: int) -> int | None:
+        """Which constants the client is loaded with, equal for the same; None: with none."""
+        return self._constant_of.get(id)
 
     def expect(self, ids: Iterable[int]) -> None:
         """Say which clients will be loaded from now on, in order; replaces what was said before."""
         uses: defaultdict[int, deque[int]] = defaultdict(deque)
         for position, id in enumerate(ids):
-            uses[id].append(position)
+            for owner in self._owners(id):
+                uses[owner].append(position)
         self._uses = dict(uses)
 
-    def prefetch(self, id: int) -> None:
-        """Begin to read the client's latest version if that is in a file.
+    def prefetch(self, id: int, constants: bool = True) -> None:
+        """Begin to read what `load` needs and is in a file.
 
-        Of more than are read ahead, the one that is used latest is given up.
+        Of more than are read ahead, what is used latest is given up.
         """
         self._begin()
-        block = self._latest(id)
-        if block.tier is Tier.FILE:
-            self._staging.prefetch(block, self._next_use)
+        for block in self._needed(id, constants):
+            self.residency.prefetch(block)
 
-    def ready(self, id: int) -> bool:
+    def ready(self, id: int, constants: bool = True) -> bool:
         """Whether `load` would not wait for a file."""
-        block = self._latest(id)
-        return block.tier is not Tier.FILE or self._staging.ready(block)
+        return all(self.residency.ready(block) for block in self._needed(id, constants))
 
-    def load(self, id: int, region: Tensor, after: Handle | None = None) -> Handle:
-        """Copy the client's latest version into `region[:n]`; the handle tells when it is there.
+    def load(self, id: int, region: Tensor, after: Handle | None = None, constants: bool = True) -> Handle:
+        """Copy the client's latest version into `region[:n]`, its constants behind; the handle tells when it is there.
 
-        The region is uint8 [m] on the device, m ≥ n. On CUDA the copy begins once `after` is reached, by when
-        nothing may use the region any more; without it, after all that the current stream and the saves made so far
+        The region is uint8 [m] on the device, with room for both. Without `constants` they are there already. On CUDA
+        the copy begins once `after` is reached, by when nothing may use the region any more; if that is a save's, each
+        piece does once there is room for it. Without it, after all that the current stream and the saves made so far
         have to do. The host waits for files only.
         """
         self._begin()
-        block = self._latest(id)
-        blocks.check(region, block.size, self.device)
-        in_file = block.tier is Tier.FILE
-        buffer = self._staging.fetch(block) if in_file else block.buffer
-        assert buffer is not None
-        if self._inward is not None and self._outward is not None:
-            if after is None:
-                self._inward.wait_stream(torch.cuda.current_stream(self.device))
-                self._inward.wait_stream(self._outward)
-            else:
-                after.wait(self._inward)
-            if block.tier is not Tier.DEVICE:
-                self._crossed["in"] += block.size
-        handle = blocks.copy(buffer.data, region[: block.size], self._inward, buffer)
-        if in_file:
-            self._pools[Tier.FILE].release(buffer)
-        if self._uses.get(id):
-            self._uses[id].popleft()
-        return handle
+        version, needed = self._latest(id), self._needed(id, constants)
+        blocks.check(region, _size(needed), self.device)
+        if after is None:
+            self.residency.begin_loads()
+        for block in needed:
+            self.residency.prefetch(block)
+        done: Handle = blocks.Done()
+        for block in needed:
+            start = block.place * self._piece + (0 if block.client == id else _size(version))
+            done = self.residency.load(block, region[start : start + block.size], after)
+        for owner in self._owners(id):
+            if self._uses.get(owner):
+                self._uses[owner].popleft()
+        return done
 
     def save(self, id: int, region: Tensor) -> Handle:
         """Take `region[:n]` as the client's pending version; the handle tells when the region may be overwritten.
 
         The region is uint8 [m] on the device, m ≥ n. On CUDA the copy begins after all that the current stream has to
-        do by now. If this raises OSError, the client keeps the version it had.
+        do by now. If this raises OSError, the client keeps the version it had, or if that was pending and in several
+        pieces, perhaps the committed one.
         """
         self._begin()
-        old, size = self._pending.get(id), self._latest(id).size
+        old, size = self._pending.get(id), _size(self._latest(id))
         blocks.check(region, size, self.device)
-        new = self._pending[id] = Block(id, size)  # from here on, the others are not the latest
+        new = self._pending[id] = self._new(id, size)  # from here on, the others are not the latest
         try:
-            tier = self._room(new, Tier.DEVICE, old)
-            if old is not None:
-                self._drop(old)
-                old = None
-            if self._outward is not None:
-                self._outward.wait_stream(torch.cuda.current_stream(self.device))
-            return self._put(new, tier, region[:size])
+            self.residency.begin_saves()
+            return self._enter(new, region[:size], old)
         except BaseException:
             del self._pending[id]
-            if old is not None:
+            if old is not None and not old[0].dropped:
                 self._pending[id] = old
+            elif old is not None:
+                self.residency.drop(*(block for block in old if not block.dropped))
             raise
 
     def commit(self) -> None:
         """Make every pending version the committed one."""
         self._begin()
         while self._pending:
-            id, block = self._pending.popitem()
-            with self._lock:
-                old, self._committed[id] = self._committed[id], block
-            self._drop(old)
+            id, version = self._pending.popitem()
+            with self.residency.lock:
+                old, self._committed[id] = self._committed[id], version
+            self.residency.drop(*old)
 
     def rollback(self) -> None:
         """Drop every pending version."""
         while self._pending:
-            self._drop(self._pending.popitem()[1])
+            self.residency.drop(*self._pending.popitem()[1])
 
     def snapshot(self, id: int) -> Callable[[], Tensor]:
         """What gives a copy, uint8 [n] on the CPU, of the client's version that is committed now.
@@ -202,16 +211,23 @@ class Store:
         To be called once, from any thread, whatever else goes on; it blocks the host. Until then that version stays,
         in whatever tier, within the budgets.
         """
-        with self._lock:
-            block = self._known(id)
-            block.readers += 1
+        with self.residency.lock:
+            version = self._known(id)
+            for block in version:
+                block.readers += 1
 
         def read() -> Tensor:
+            data = torch.empty(_size(version), dtype=torch.uint8)
+            left = deque(zip(version, data.split(self._piece), strict=True))
             try:
-                return staging.copied(block, self._lock, self._pools, self._aside)
+                while left:
+                    self.residency.read(*left[0])
+                    left.popleft()
+                return data
             finally:
-                with self._lock:
-                    block.readers -= 1
+                with self.residency.lock:
+                    for block, _ in left:
+                        block.readers -= 1
 
         return read
 
@@ -221,121 +237,64 @@ class Store:
 
     def close(self) -> None:
         """Free all memory and remove the files; no state is left."""
-        with self._lock:
-            if self._closed:
+        with self.residency.lock:
+            if self.residency.closed:
                 return
-            self._closed = True
+            self.residency.closed = True
         self.rollback()
         while self._committed:
-            with self._lock:
-                block = self._committed.popitem()[1]
-            self._drop(block)
-        while self._unread:
-            self._drop(self._unread.pop())
-        self._staging.close()
-        for pool in self._pools.values():
-            pool.clear()
+            with self.residency.lock:
+                version = self._committed.popitem()[1]
+            self.residency.drop(*version)
+        self.residency.close()
 
     def _begin(self) -> None:
-        if self._closed:
+        if self.residency.closed:
             raise ValueError(f"the store in {self.folder} is closed")
-        self._staging.settle()
-        with self._lock:
-            unread = [block for block in self._unread if not block.readers]
-        for block in unread:
-            self._unread.remove(block)
-            self._drop(block)
+        self.residency.settle()
 
-    def _known(self, id: int) -> Block:
+    def _known(self, id: int) -> Version:
         if id not in self._committed:
             raise ValueError(f"client {id} has no state: the store in {self.folder} has {len(self._committed)} others")
         return self._committed[id]
 
-    def _latest(self, id: int) -> Block:
+    def _latest(self, id: int) -> Version:
         return self._pending.get(id) or self._known(id)
+
+    def _owners(self, id: int) -> list[int]:
+        """Whose blocks `load` brings in."""
+        constants = self.constants(id)
+        return [id] if constants is None else [constants, id]
+
+    def _needed(self, id: int, constants: bool) -> Version:
+        """All that `load` brings in; constants first, since nothing goes out of their place."""
+        owners = self._owners(id) if constants else [id]
+        return tuple(block for owner in owners for block in self._latest(owner))
+
+    def _new(self, id: int, n: int) -> Version:
+        sizes = [min(self._piece, n - start) for start in range(0, n, self._piece)]
+        return tuple(Block(id, size, place) for place, size in enumerate(sizes))
+
+    def _enter(self, version: Version, source: Tensor, spare: Version | None = None) -> Handle:
+        """Copy a version's bytes from `source`, uint8 [n], each piece in place of that of `spare`; all or nothing."""
+        gone: list[tuple[int, Handle]] = []
+        try:
+            for block, data in zip(version, source.split(self._piece), strict=True):
+                old = None if spare is None else spare[block.place]
+                gone.append((data.data_ptr() + data.numel(), self.residency.save(block, data, old)))
+        except BaseException:
+            self.residency.drop(*version)
+            raise
+        return gone[0][1] if len(gone) == 1 else blocks.Leaving(gone)
 
     def _next_use(self, block: Block) -> tuple[bool, float]:
         """Orders blocks by their next load: its position, none, or none unless there is a rollback."""
-        current = self._pending.get(block.client) or self._committed.get(block.client, block)
+        current = self._pending.get(block.client) or self._committed.get(block.client)
+        if current is not None and current[block.place] is not block:
+            return True, math.inf
         uses = self._uses.get(block.client)
-        return (False, uses[0] if uses else math.inf) if block is current else (True, math.inf)
+        return False, uses[0] if uses else math.inf
 
-    def _room(self, block: Block, fastest: Tier, spare: Block | None = None) -> Tier:
-        """The fastest tier, from `fastest` on, that can take the block now; `spare` is dropped before it comes.
 
-        A file can once there is room among the writes: raises OSError where one of those has failed.
-        """
-        for tier in (Tier.DEVICE, Tier.HOST):
-            if tier < fastest:
-                continue
-            free = self._budget[tier] - self._held[tier]
-            if spare is not None and spare.tier is tier:
-                free += spare.size
-            moving: list[Block] = []
-            if free < block.size <= self._budget[tier]:
-                own = self._next_use(block)
-                later = [b for b in self._blocks[tier] if b is not spare and self._next_use(b) > own]
-                later.sort(key=lambda b: (self._next_use(b), -b.client))
-                while later and free < block.size:
-                    moving.append(later.pop())
-                    free += moving[-1].size
-            if free >= block.size:  # all or nothing
-                for other in moving:
-                    self._demote(other)
-                return tier
-        self._staging.room()
-        return Tier.FILE
-
-    def _demote(self, block: Block) -> None:
-        """Move the block to a slower tier."""
-        before, buffer = block.tier, block.buffer
-        assert buffer is not None
-        tier = self._room(block, Tier(before + 1))
-        if before is Tier.DEVICE:
-            self._put(block, tier, buffer.data, buffer)
-            self._pools[before].release(buffer)
-        else:  # its memory goes along as a staging buffer
-            self._place(block, tier, buffer)
-
-    def _put(self, block: Block, tier: Tier, source: Tensor, *buffers: Buffer) -> Handle:
-        """Copy the bytes from `source`, uint8 [n], to where there is room; `buffers` holds that of `source`, if any."""
-        target = self._pools[tier].take(block.size)
-        try:
-            handle = blocks.copy(source, target.data, self._outward, target, *buffers)
-        except BaseException:
-            self._pools[tier].release(target)
-            raise
-        if not source.is_cpu and target.data.is_cpu:
-            self._crossed["out"] += block.size
-        self._place(block, tier, target)
-        return handle
-
-    def _place(self, block: Block, tier: Tier, buffer: Buffer) -> None:
-        """Note that the block lives in `tier` from now on, its bytes being in `buffer`."""
-        self._forget(block)
-        with self._lock:
-            block.tier, block.buffer = tier, buffer
-        self._blocks[tier].add(block)
-        self._held[tier] += block.size
-        if tier is Tier.FILE:
-            self._staging.write(block)
-        else:
-            assert self._held[tier] <= self._budget[tier]
-
-    def _forget(self, block: Block) -> None:
-        if block in self._blocks[block.tier]:  # a new one is in none
-            self._blocks[block.tier].remove(block)
-            self._held[block.tier] -= block.size
-
-    def _drop(self, block: Block) -> None:
-        with self._lock:
-            if block.readers and not self._closed:
-                self._unread.append(block)
-                return
-        self._forget(block)
-        block.dropped = True
-        self._staging.drop(block)
-        with self._lock:
-            if block.buffer is not None:
-                self._pools[block.tier].release(block.buffer)
-                block.buffer = None
+def _size(version: Version) -> int:
+    return sum(block.size for block in version)

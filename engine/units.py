@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from fedmoe.engine.arena import Layout
 from fedmoe.engine.cohort import cohort_supported
 from fedmoe.engine.fit import LARGE
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import Federation
 from fedmoe.engine.program import Program
 from fedmoe.engine.roster import Roster

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedmoe import checkpoint, data, mixture, optimizer, partition, rehearsal
 from fedmoe import config as settings
 from fedmoe.config import Config
+from fedmoe.engine.layout import digest
 from fedmoe.engine.member import input_shape
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
 from fedmoe.engine.seeds import globals_kept
@@ -48,6 +49,7 @@ class Client:
         self.finite_names = [
             n for n, t in self.tensors().items() if t.is_floating_point() and bool(torch.isfinite(t).all())
         ]
+        self._digest: Tensor | None = None
 
     def batch(self, indices: Tensor, augmentation: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of the client's samples `indices` [B]: inputs, normalized, fp32 [B, channels, height, width]; targets [B].
@@ -96,9 +98,12 @@ class Client:
         return {name: tensor.cpu() for name, tensor in packed.items()}
 
     def state(self) -> State:
-        """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), and what `optimizer` says."""
+        """Copies, on the CPU, of all that persists: parameters and buffers (`model/...`), and what `optimizer` says.
+
+        Of parameters that never change there is a digest alone (`constants`): a client is made with them.
+        """
         kept = {f"model/{name}": tensor for name, tensor in self.tensors().items()}
-        kept |= optimizer.state(self.optimizer, *self._trained()) | self._coded
+        kept |= optimizer.state(self.optimizer, *self._trained()) | self._coded | self._constants()
         return {
             name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in kept.items()
         }
@@ -106,17 +111,24 @@ class Client:
     def load_state(self, state: State) -> None:
         """Become what `state` says. Raises ValueError naming a tensor that does not fit this client."""
         tensors, (parameters, theta) = self.tensors(), self._trained()
-        known = {f"model/{n}": t for n, t in tensors.items()}
+        always = {f"model/{n}": t for n, t in tensors.items()} | self._constants()
+        known = dict(always)
         known |= optimizer.expected(self.config.training, parameters, bool(theta))
         if coded := optimizer.coded(self.config.training):
             known |= {name: state[name] for name in ("first_absmax", "second_absmax") if name in state}
-        for name in sorted(state.keys() | {f"model/{n}" for n in tensors}):
+        for name in sorted(state.keys() | always.keys()):
             if name not in state or name not in known:
                 raise ValueError(f"tensor {name!r} {'is missing' if name in known else 'is unknown'}")
             theirs, ours = ((t.dtype, list(t.shape)) for t in (state[name], known[name]))
             if theirs != ours:
                 raise ValueError(f"tensor {name!r} is {theirs[0]} {theirs[1]}, the client's is {ours[0]} {ours[1]}")
-        kept = {name: tensor for name, tensor in state.items() if not name.startswith("model/")}
+        for name, made in self._constants().items():
+            if not torch.equal(state[name], made):
+                raise ValueError(
+                    f"the weights of {self.model!r} that do not train have changed since (SHA-256 "
+                    f"{_hex(made)}, were {_hex(state[name])}): put those back that it was trained with"
+                )
+        kept = {n: tensor for n, tensor in state.items() if not n.startswith("model/") and n != "constants"}
         self._coded = kept if coded else {}
         with torch.no_grad():
             optimizer.load(self.optimizer, parameters, theta, {} if coded else kept)
@@ -135,8 +147,20 @@ class Client:
         return parameters, {name for name in parameters if shared and name.startswith(shared)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the mixture by name, not copied."""
-        return dict(self.mixture.named_parameters()) | dict(self.mixture.named_buffers())
+        """Parameters and buffers of the mixture that may change, by name, not copied."""
+        named = dict(self.mixture.named_parameters()) | dict(self.mixture.named_buffers())
+        return {name: tensor for name, tensor in named.items() if name not in self.program.constants}
+
+    def _constants(self) -> State:
+        """What a state has of those that may not."""
+        if self.program.constants and self._digest is None:
+            names = [n for n, _ in self.mixture.named_parameters() if n in self.program.constants]
+            self._digest = digest(self.mixture, names)
+        return {} if self._digest is None else {"constants": self._digest}
+
+
+def _hex(digest: Tensor) -> str:
+    return bytes(digest.tolist()).hex()[:12]
 
 
 def open_client(config: Config, id: int, run: Path, device: torch.device, trained: bool = True) -> Client:

@@ -14,8 +14,8 @@ import torch
 
 from fedmoe import optimizer
 from fedmoe.config import Config
-from fedmoe.engine.arena import Layout
 from fedmoe.engine.device_engine import DeviceEngine
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.plan import Plan
 from fedmoe.engine.seam import Engine
 from fedmoe.engine.step import How

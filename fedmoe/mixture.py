@@ -141,6 +141,11 @@ class Mixture(nn.Module):
         """
         return self.branches()["gate"](x).softmax(dim=-1)
 
+    def constants(self) -> frozenset[str]:
+        """Names of the private parameters that do not train."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        return frozenset(name for name in frozen if not name.startswith(f"{SHARED}."))
+
     def program(self) -> Program:
         """This mixture as an engine runs it."""
         children = [name for name, _ in self.named_children()]
@@ -153,6 +158,7 @@ class Mixture(nn.Module):
                 "theta": tuple(name for name in children if name == SHARED),
                 "private": tuple(name for name in children if name != SHARED),
             },
+            constants=self.constants(),
         )
 
 

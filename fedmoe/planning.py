@@ -31,6 +31,7 @@ from fedmoe.engine.step import How
 from fedmoe.errors import UserError, reason
 from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
 from fedmoe.mixture import Mixture
+from fedmoe.models import hf
 from fedmoe.models.language import Body
 from fedmoe.partition import Split
 
@@ -150,13 +151,16 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
 def _architecture(config: Config, name: str, clients: int, model: Mixture) -> Architecture:
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
+    layout = engines.layout(config, name, model)
     return Architecture(
         name=name,
         clients=clients,
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in frozen),
         buffers=sum(b.nbytes for b in model.buffers()),
-        state=engines.layout(config, name, model).size,
+        state=layout.size,
+        constants=layout.size - layout.moving,
+        same=name.startswith(hf.PREFIX) and config.model.weights == "pretrained",
         batch_statistics=bool(batch_statistics(model)),
     )
 

@@ -27,20 +27,27 @@ def content(number: int, n: int) -> Tensor:
 def by_tier(store: Store) -> dict[str, int]:
     """What the store's versions take, by looking at each of them."""
     versions = [*store._committed.values(), *store._pending.values()]
-    return {tier.name.lower(): sum(block.size for block in versions if block.tier is tier) for tier in Tier}
+    blocks = [block for version in versions for block in version]
+    return {tier.name.lower(): sum(block.size for block in blocks if block.tier is tier) for tier in Tier}
 
 
 class Machine(RuleBasedStateMachine):
     device = torch.device("cpu")
 
-    @initialize(device=st.integers(0, 20), host=st.integers(0, 20), regions=st.integers(1, 2))
-    def open(self, device: int, host: int, regions: int) -> None:
+    @initialize(
+        device=st.integers(0, 20),
+        host=st.integers(0, 20),
+        regions=st.integers(1, 2),
+        piece=st.sampled_from([UNIT, 2 * UNIT, 100 * UNIT]),
+    )
+    def open(self, device: int, host: int, regions: int, piece: int) -> None:
         self.folder = Path(tempfile.mkdtemp()) / "scratch"
         self.budgets = {"device": device * UNIT, "host": host * UNIT}
-        self.store = Store(
-            self.device, device_bytes=self.budgets["device"], host_bytes=self.budgets["host"], folder=self.folder
-        )
-        self.regions = [torch.empty(6 * UNIT, dtype=torch.uint8, device=self.device) for _ in range(regions)]
+        budgets = {f"{tier}_bytes": n for tier, n in self.budgets.items()}
+        self.store = Store(self.device, **budgets, folder=self.folder, piece=piece)
+        self.piece = piece
+        self.regions = [torch.empty(10 * UNIT, dtype=torch.uint8, device=self.device) for _ in range(regions)]
+        self.constants: dict[int, Tensor] = {}
         self.committed: dict[int, Tensor] = {}
         self.pending: dict[int, Tensor] = {}
         self.number = 0
@@ -55,6 +62,13 @@ class Machine(RuleBasedStateMachine):
             self.committed[id] = self.new(id)
             self.store.add(id, self.committed[id].clone())
 
+    @rule(id=CLIENTS, key=st.integers(0, 2))
+    def add_constants(self, id: int, key: int) -> None:
+        if id in self.store and id not in self.constants:
+            made = content(1000 + key, (1 + key) * UNIT)
+            self.constants[id] = made
+            self.store.add_constants(id, key, made.clone)
+
     @rule(ids=st.lists(CLIENTS))
     def expect(self, ids: list[int]) -> None:
         self.store.expect(ids)
@@ -65,13 +79,15 @@ class Machine(RuleBasedStateMachine):
         self.store.prefetch(data.draw(st.sampled_from(sorted(self.committed))))
 
     @precondition(lambda self: self.committed)
-    @rule(data=st.data(), region=st.integers(0, 1))
-    def load(self, data: st.DataObject, region: int) -> None:
+    @rule(data=st.data(), region=st.integers(0, 1), constants=st.booleans())
+    def load(self, data: st.DataObject, region: int, constants: bool) -> None:
         id = data.draw(st.sampled_from(sorted(self.committed)))
         target = self.regions[region % len(self.regions)]
         target.fill_(99)
-        self.store.load(id, target).wait()
+        self.store.load(id, target, constants=constants).wait()
         expected = (self.committed | self.pending)[id]
+        if constants and id in self.constants:
+            expected = torch.cat([expected, self.constants[id]])
         assert torch.equal(target[: len(expected)].cpu(), expected)
         assert (target[len(expected) :] == 99).all()
 
@@ -109,11 +125,14 @@ class Machine(RuleBasedStateMachine):
             return
         held = self.store.held
         assert held == by_tier(self.store)
-        assert sum(held.values()) == sum(map(len, [*self.committed.values(), *self.pending.values()]))
+        once = {len(constant): constant for constant in self.constants.values()}
+        kept = [*self.committed.values(), *self.pending.values(), *once.values()]
+        assert sum(held.values()) == sum(map(len, kept))
         assert held["host"] <= self.budgets["host"]
         assert held["device"] <= (self.budgets["device"] if self.device.type == "cuda" else 0)
-        largest = max(map(len, self.committed.values()), default=0)
-        pools = self.store._pools
+        # In whole pieces.
+        largest = max((n if n < self.piece else -(-n // self.piece) * self.piece for n in map(len, kept)), default=0)
+        pools = self.store.residency._pools
         assert pools[Tier.HOST].allocated <= self.budgets["host"] + staging.buffers() * largest
         if Tier.DEVICE in pools:
             assert pools[Tier.DEVICE].allocated <= self.budgets["device"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedmoe.engine.arena import ALIGNMENT, Arena, Layout
+from fedmoe.engine.arena import Arena
+from fedmoe.engine.layout import ALIGNMENT, Layout
 from fedmoe.engine.member import SGD, AdamW
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import State

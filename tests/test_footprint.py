@@ -9,9 +9,10 @@ from torch.profiler import profile
 
 from fedmoe import mixture
 from fedmoe.config import Config, Data, Model
-from fedmoe.engine.arena import Arena, Layout
+from fedmoe.engine.arena import Arena
 from fedmoe.engine.footprint import footprint
 from fedmoe.engine.graphs import Track
+from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import SGD, AdamW, Samples
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.step import How, Step

@@ -36,7 +36,7 @@ def region(number: int, n: int = UNIT) -> Tensor:
 
 def in_memory(store: Store) -> set[int]:
     """The clients with a version in host memory."""
-    return {block.client for block in store._blocks[blocks.Tier.HOST]}
+    return {block.client for block in store.residency._blocks[blocks.Tier.HOST]}
 
 
 def loaded(store: Store, id: int) -> Tensor:
@@ -166,7 +166,7 @@ def test_memory_of_another_size_makes_room(tmp_path: Path) -> None:
             store.expect([id])
         for id in range(16):
             assert torch.equal(store.read(id), content(id, (1 + id % 8) * UNIT))
-        assert store._pools[blocks.Tier.HOST].allocated <= (8 + 8 * staging.buffers()) * UNIT
+        assert store.residency._pools[blocks.Tier.HOST].allocated <= (8 + 8 * staging.buffers()) * UNIT
 
 
 def test_committed_bytes_stay_while_new_versions_come(tmp_path: Path) -> None:
@@ -275,9 +275,9 @@ def test_what_a_failed_save_was_to_replace_stays(tmp_path: Path, full_disk: Call
 
 def test_a_file_that_is_short_or_gone_is_named(tmp_path: Path) -> None:
     with opened(tmp_path, 0, 3) as store:
-        while store._staging._writing:
+        while store.residency._staging._writing:
             store.prefetch(0)
-        path = store._committed[1].path
+        path = store._committed[1][0].path
         assert path is not None
         path.write_bytes(b"short")
         with pytest.raises(OSError, match="holds 5 of 256 bytes") as caught:
@@ -315,7 +315,7 @@ def test_reading_ahead_spares_the_wait(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(staging, "fill", slowly)
     with opened(tmp_path, 0, 4) as store:
-        while store._staging._writing:
+        while store.residency._staging._writing:
             store.prefetch(0)
         loaded(store, 0)
         before = store.seconds_waited
@@ -328,7 +328,79 @@ def test_reading_ahead_spares_the_wait(tmp_path: Path, monkeypatch: pytest.Monke
         store.expect([1, 2, 3])
         for id in (3, 1, 2):  # the last of them is given up
             store.prefetch(id)
-        assert {block.client for block in store._staging._reading} == {1, 2}
+        assert {block.client for block in store.residency._staging._reading} == {1, 2}
+
+
+def test_a_large_state_lies_in_pieces_wherever_there_is_room(tmp_path: Path) -> None:
+    with Store(CPU, device_bytes=0, host_bytes=5 * UNIT, folder=tmp_path / "scratch", piece=2 * UNIT) as store:
+        store.add(0, content(0, 7 * UNIT))  # two pieces find room, one and the rest do not
+        assert store.held == {"device": 0, "host": 5 * UNIT, "file": 2 * UNIT}
+        store.add(1, content(1, 2 * UNIT))
+        store.expect([1, 0])
+        store.save(1, region(5, 2 * UNIT))  # used before, so the last two of what the other has in memory make room
+        assert [block.tier.name for block in store._pending[1]] == ["HOST"]
+        assert [block.tier.name for block in store._committed[0]] == ["HOST", "FILE", "FILE", "FILE"]
+        target = torch.zeros(9 * UNIT, dtype=torch.uint8)
+        store.load(0, target)
+        assert torch.equal(target[: 7 * UNIT], content(0, 7 * UNIT)) and not target[7 * UNIT :].any()
+        assert torch.equal(store.read(0), content(0, 7 * UNIT))
+
+
+def test_a_save_that_fails_half_way_leaves_the_committed_version(
+    tmp_path: Path, full_disk: Callable[[bool], None]
+) -> None:
+    with Store(CPU, device_bytes=0, host_bytes=0, folder=tmp_path / "scratch", piece=UNIT) as store:
+        store.add(0, content(0, 6 * UNIT))
+        store.save(0, region(1, 6 * UNIT))
+        while store.residency._staging._writing:
+            store.prefetch(0)
+        full_disk(True)
+        with pytest.raises(OSError, match="No space"):
+            for _ in range(20):
+                store.save(0, region(2, 6 * UNIT))
+        full_disk(False)
+        store.rollback()
+        for _ in range(20):  # one that failed before may tell of it now
+            try:
+                store.load(0, target := torch.zeros(6 * UNIT, dtype=torch.uint8))
+                break
+            except OSError:
+                continue
+        assert torch.equal(target, content(0, 6 * UNIT))
+        assert sum(store.held.values()) == 6 * UNIT
+
+
+class Event:
+    """Of a copy, in a list of those that were waited for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait(self, stream: object = None) -> None:
+        self.log.append(self.name)
+
+    def query(self) -> bool:
+        return self.name == "c"
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
+
+def test_what_comes_in_waits_for_what_goes_out_of_its_place() -> None:
+    log: list[str] = []
+    place = torch.zeros(10 * UNIT, dtype=torch.uint8)
+    start = place.data_ptr()
+    ends = {"a": 2 * UNIT, "b": 4 * UNIT, "c": 5 * UNIT}
+    leaving = blocks.Leaving([(start + end, Event(name, log)) for name, end in ends.items()])
+    for part in (place[:UNIT], place[: 2 * UNIT], place[UNIT : 3 * UNIT], place[4 * UNIT : 5 * UNIT]):
+        blocks.until(leaving, part).wait()
+    assert log == ["a", "a", "b", "c"]
+    blocks.until(leaving, place[6 * UNIT :]).wait()  # nothing goes out from there, but who was there has to be done
+    leaving.wait()
+    leaving.synchronize()
+    assert log[4:] == ["c", "c", "host waits for c"] and leaving.query()
+    whole = Event("whole", log)
+    assert blocks.until(whole, place) is whole
 
 
 def test_one_region_serves_clients_of_any_size(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ CudaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40
 TestAgainstADictionary = CudaMachine.TestCase
 
 
-def opened(folder: Path, device: int, host: int, clients: int) -> Store:
-    """A store with room for so many blocks in each tier, and clients of one block each."""
-    store = Store(torch.device("cuda"), device_bytes=device * LARGE, host_bytes=host * LARGE, folder=folder / "scratch")
+def opened(folder: Path, device: int, host: int, clients: int, pieces: int = 1) -> Store:
+    """A store with room for so many states in each tier, and clients of one state of so many pieces each."""
+    budgets = {"device_bytes": device * LARGE, "host_bytes": host * LARGE}
+    store = Store(torch.device("cuda"), **budgets, folder=folder / "scratch", piece=LARGE // pieces)
     for id in range(clients):
         store.add(id, content(id, LARGE))
     return store
@@ -77,6 +78,34 @@ def test_a_load_without_a_handle_waits_for_the_region(tmp_path: Path) -> None:
         assert torch.equal(store.read(0), content(0, LARGE) + 1)
 
 
+@pytest.mark.parametrize(("device", "host"), [(20, 0), (0, 20), (2, 2), (0, 0)])
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_one_client_follows_another_out_of_a_single_region(tmp_path: Path, device: int, host: int, pieces: int) -> None:
+    """Piece by piece, with constants behind them that clients 0 and 1 share."""
+    work = torch.randn(2048, 2048, device="cuda") / 64
+    region = torch.zeros(LARGE + LARGE // 2, dtype=torch.uint8, device="cuda")
+    order = [(5 * i + i // 3) % 3 for i in range(24)]
+    with opened(tmp_path, device, host, 3, pieces) as store:
+        tails = {key: content(100 + key, LARGE // 2) for key in (0, 2)}
+        for id in range(3):
+            store.add_constants(id, 2 * (id // 2), tails[2 * (id // 2)].clone)
+        store.expect(order)
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        left, known = None, None
+        for id in order:
+            constants = store.constants(id)
+            store.load(id, region, left, constants != known).wait()
+            known = constants
+            wrong += (region[LARGE:] != tails[2 * (id // 2)].cuda()).sum()
+            torch.linalg.multi_dot([work, work, work, work])
+            region[:LARGE] += 1
+            left = store.save(id, region)
+        store.commit()
+        assert not wrong
+        for id in range(3):
+            assert torch.equal(store.read(id), content(id, LARGE) + order.count(id))
+
+
 @pytest.mark.parametrize(("device", "host"), [(6, 0), (0, 6), (3, 3)])
 def test_the_host_waits_for_nothing_in_memory(tmp_path: Path, device: int, host: int) -> None:
     two = regions(2)
@@ -111,5 +140,5 @@ def test_memory_is_given_back(tmp_path: Path) -> None:
             store.save(number % 5, one)
             store.commit()
         assert torch.cuda.memory_allocated() - before <= 4 * LARGE
-        assert store._pools[Tier.DEVICE].allocated <= 4 * LARGE
+        assert store.residency._pools[Tier.DEVICE].allocated <= 4 * LARGE
     assert torch.cuda.memory_allocated() == before
