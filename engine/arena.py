@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmoe.engine.layout import Layout
 from fedmoe.engine.program import Program
@@ -12,6 +12,7 @@ from fedmoe.engine.program import Program
 class Arena:
     """One architecture's modules, bound to a region of the device: whoever's block is in the region, they are.
 
+    They may have been made without memory, under `torch.device("meta")`.
     `low` is a dtype that all but normalizations' parameters are copied to and used in; None: they are used as they are.
     Afterwards the modules must not be moved or cast, nor take a state by assignment: each silently unbinds them.
     """
@@ -26,11 +27,19 @@ class Arena:
         if low is not None:
             self.low = torch.zeros(layout.narrow, dtype=low, device=region.device)
         self._bound: dict[str, tuple[Tensor, Tensor]] = {}
-        tensors = dict(program.modules.named_parameters()) | dict(program.modules.named_buffers())
-        for name, tensor in tensors.items():
+        made: dict[int, Tensor] = {}
+        for name, tensor in self._tensors().items():
             view = self._view(f"model/{name}")
-            tensor.data = view
-            self._bound[name] = tensor, view
+            if tensor.is_meta:  # has no data that could be exchanged
+                made[id(tensor)] = (
+                    nn.Parameter(view, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else view
+                )
+            else:
+                tensor.data = view
+            self._bound[name] = made.get(id(tensor), tensor), view
+        for module in program.modules.modules() if made else ():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update((name, made[id(t)]) for name, t in tensors.items() if id(t) in made)  # type: ignore[misc]
         self.parameters = {name: p for name, p in program.modules.named_parameters() if p.requires_grad}
         """The trainable ones by name, as bound."""
 
@@ -60,12 +69,16 @@ class Arena:
 
     def check(self) -> None:
         """Assert that every tensor of the modules still is the view that it was bound to."""
-        tensors = dict(self.program.modules.named_parameters()) | dict(self.program.modules.named_buffers())
+        tensors = self._tensors()
         assert tensors.keys() == self._bound.keys(), sorted(tensors.keys() ^ self._bound.keys())
         for name, tensor in tensors.items():
             bound, view = self._bound[name]
             same = tensor is bound and tensor.data_ptr() == view.data_ptr() and tensor.stride() == view.stride()
             assert same and tensor.dtype == view.dtype, f"{name} is no longer bound to the arena"
+
+    def _tensors(self) -> dict[str, Tensor]:
+        modules = self.program.modules
+        return dict(modules.named_parameters()) | dict(modules.named_buffers())
 
     def _view(self, name: str) -> Tensor:
         entry = self.layout.entries[name]

@@ -14,6 +14,7 @@ from fedmoe.config import AUGMENTATIONS, Config
 from fedmoe.engine.member import Member, Samples
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import Metrics, Payload, Result, State
+from fedmoe.mixture import Mixture
 from fedmoe.partition import Split
 
 
@@ -24,6 +25,7 @@ class Federation:
         self._config, self._run = config, run
         dataset = load_data(config.data, config.seed)
         self._split = Split.load(run / "partition.safetensors")
+        self._outputs = dataset.outputs
         self._measured: dict[str, tuple[int, tuple[str, ...]]] = {}
         t = config.training
         drawn = AUGMENTATIONS[t.augment]
@@ -37,8 +39,17 @@ class Federation:
         return self._member(opened), opened.program, opened.state()
 
     def program(self, client: int) -> Program:
-        """Another program of its architecture, untrained."""
-        return self._opened(self._config, client, False).program
+        """Another program of its architecture, untrained; for text, where it may be large, without memory."""
+        if self._config.data.kind != "text":
+            return self._opened(self._config, client, False).program
+        model = self._config.model.local[client % len(self._config.model.local)]
+        if model not in self._measured:
+            self._opened(self._config, client, False)
+        with torch.device("meta"):
+            made = mixture.build(self._config, client, self.samples.shape, self._outputs)
+        program = made.program()
+        self._without_gradient(made, model)
+        return program
 
     def batchable(self, client: int) -> Program:
         """A program of the client's architecture with the plain head: vmap runs the fused one row by row."""
@@ -63,10 +74,13 @@ class Federation:
         opened = open_client(config, client, self._run, torch.device("cpu"), trained)
         if opened.model not in self._measured:
             self._measured[opened.model] = measured(opened)
-        for name in self._measured[opened.model][1]:
-            # An optimizer passes over parameters without a gradient, and so must a kernel over all of them.
-            opened.mixture.get_parameter(name).requires_grad_(False)
+        self._without_gradient(opened.mixture, opened.model)
         return opened
+
+    def _without_gradient(self, made: Mixture, model: str) -> None:
+        """An optimizer passes over parameters that get no gradient, and so must a kernel over all of them."""
+        for name in self._measured[model][1]:
+            made.get_parameter(name).requires_grad_(False)
 
     def _member(self, client: Client) -> Member:
         return Member(

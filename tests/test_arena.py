@@ -127,6 +127,19 @@ def test_modules_are_whoever_is_in_the_region() -> None:
     assert [t.shape for t in arena.theta()] == [layout.entries[name].shape for name in layout.theta]
 
 
+def test_modules_without_memory_can_be_bound() -> None:
+    _, layout, block, kept = made()
+    with torch.device("meta"):
+        other = Model()
+    arena = Arena(other.program(), layout, block)
+    arena.check()
+    named = dict(other.named_parameters()) | dict(other.named_buffers())
+    assert all(torch.equal(tensor, kept[f"model/{name}"]) for name, tensor in named.items())
+    assert getattr(other.tied, "weight") is getattr(other.local[2], "weight")  # noqa: B009
+    assert not other.frozen.weight.requires_grad and other.local[0].weight.requires_grad
+    assert all(p.data_ptr() == other.get_parameter(name).data_ptr() for name, p in arena.masters().items())
+
+
 def test_low_precision_binds_copies_of_all_but_normalizations() -> None:
     _, layout, block, kept = made()
     model = Model()
