@@ -220,7 +220,7 @@ class Choices:
                 self._take(name, got, f"{reason}; {fit}" if got < tried else reason)
         why = "the next client comes in while one trains" if self.gpu else "nothing has to be moved to a CPU"
         if self.gpu and made.regions == 1:
-            why = f"two do not fit in {amount(room)}: nothing comes in while a client trains"
+            why = f"two do not fit in {amount(room)}: the next client comes in piece by piece as one goes out"
         self._take("regions", made.regions, why)
         if made.total <= room:
             return made

@@ -151,7 +151,8 @@ def summary(console: Console, config: Config, split: Split, lines: list[Line]) -
     flops = sum(line["flops"] for line in lines)
     work = f"{flops / 1e12:,.2f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.2f} GFLOP"
     text = (
-        f"{len(lines)} rounds in {whole:,.1f} s, {samples / seconds:,.0f} samples/s while training; "
+        f"{len(lines)} {'round' if len(lines) == 1 else 'rounds'} in {whole:,.1f} s, "
+        f"{samples / seconds:,.0f} samples/s while training; "
         f"{sent / 1e6:,.1f} MB up and down; {work} trained"
     )
     say(console, text)

@@ -85,7 +85,8 @@ def _prompts(prompts: Sequence[str], inputs: Sequence[Path]) -> Iterator[str | U
         except UnicodeDecodeError as error:
             yield UserError(f"{shown(path)}: byte {error.start} is not UTF-8: convert or remove it")
         except OSError as error:
-            yield UserError(f"{shown(path)}: cannot be read ({error.strerror}): name a text file")
+            fix = "name a text file, or give a text with --prompt"
+            yield UserError(f"{shown(path)}: cannot be read ({error.strerror}): {fix}")
 
 
 def _line(prompt: str, made: Generated) -> dict[str, object]:

@@ -145,6 +145,8 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
+    if not name:
+        raise UserError('data.tokenizer is empty: give "bytes", a tokenizer.json, a folder with one, or a hub name')
     path = Path(name).expanduser()
     if not (name.startswith((".", "/", "~")) or path.suffix == ".json" or path.exists()):
         return FileTokenizer(_in(_fetched(name), repr(name)))

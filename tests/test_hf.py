@@ -109,6 +109,10 @@ def test_folders_that_are_broken(models: Path, tmp_path: Path) -> None:
         return str(error.value)
 
     assert "has no config.json" in refused("config.json", None)
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config.json: it holds adapters alone; name the folder of the model that"):
+        make(f"hf/{tmp_path / 'adapters'}")
     assert "config.json cannot be used: " in refused("config.json", b"{")
     assert "cannot be used" in refused("config.json", b'{"model_type": "no_such"}')
     assert "has no weights in model.safetensors" in refused("model.safetensors", None)

@@ -315,7 +315,8 @@ def test_prompts_on_the_command_line(run: Path, exported: Path, tmp_path: Path, 
     assert done.code == 1
     assert done.err == (
         "fedmoe: error: bad.txt: byte 4 is not UTF-8: convert or remove it\n"
-        "fedmoe: error: none.txt: cannot be read (No such file or directory): name a text file\n"
+        "fedmoe: error: none.txt: cannot be read (No such file or directory): name a text file, or give a text "
+        "with --prompt\n"
     )
     lines = [json.loads(line) for line in done.out.splitlines()]
     one = textserving.from_export(exported)

@@ -154,6 +154,8 @@ def test_a_broken_file_is_one_line(tmp_path: Path, change: Callable[[str], str],
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'^data\.tokenizer is empty: give "bytes", a tokenizer.json, a folder'):
+        open_tokenizer("")
     for name in (tmp_path / "nowhere", "./nowhere", "nowhere.json", "~/nowhere/tokenizer.json"):
         assert "nowhere" in complaint(name) and 'does not exist: give "bytes", a tokenizer.json' in complaint(name)
     assert f"{tmp_path} has no tokenizer.json: make one with transformers" in complaint(tmp_path)

@@ -88,7 +88,9 @@ def find(name: str, options: settings.Model) -> Source:
     if not folder.is_dir():
         folder = _fetched(name, wanted, weights)
     if not (folder / "config.json").is_file():
-        raise UserError(f"model {name!r}: folder {folder} has no config.json")
+        adapters = (folder / "adapter_config.json").is_file()
+        fix = ": it holds adapters alone; name the folder of the model that they belong to" if adapters else ""
+        raise UserError(f"model {name!r}: folder {folder} has no config.json{fix}")
     if weights and not any(folder.glob("model*.safetensors")):
         raise UserError(
             f"model {name!r}: folder {folder} has no weights in model.safetensors, and no other format is read: save "
