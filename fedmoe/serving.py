@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,6 +72,22 @@ def described(card: Any, format: int, data: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, default=dataclasses.asdict)
 
 
+@contextmanager
+def reading_card(path: Path, format: int) -> Iterator[dict[str, Any]]:
+    """What a card of this format says; within the block, whatever is wrong with it is a UserError that names it."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if (found := content.pop("format")) != format:
+            raise UserError(f"format {found}, this version reads {format}: use the version that wrote it")
+        del content["fedmoe"]
+        yield content
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: does not describe an export ({what}): export it again") from error
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """What a served model is; `config.json` of an export."""
@@ -96,12 +113,7 @@ class Card:
     @classmethod
     def read(cls, folder: Path) -> "Card":
         """Of the export in `folder`. Raises UserError naming the file and what is wrong in it."""
-        path = folder / CARD
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            if (found := content.pop("format")) != FORMAT:
-                raise UserError(f"format {found}, this version reads {FORMAT}: use the version that wrote it")
-            del content["fedmoe"]
+        with reading_card(folder / CARD, FORMAT) as content:
             config = configfile.build(content.pop("config"))
             meaning.check(config)
             weights = content.pop("weights")
@@ -116,11 +128,6 @@ class Card:
             if card.weights and card.weights.file != WEIGHTS:
                 raise ValueError(f"weights in {card.weights.file!r}")
             return dataclasses.replace(card, shape=(channels, height, width), classes=tuple(card.classes))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: does not describe an export ({what}): export it again") from error
 
 
 @dataclass(frozen=True, eq=False)

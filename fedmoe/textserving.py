@@ -1,6 +1,5 @@
 """A trained client of text as a model to use, from a run or an export: a prompt in, the text that follows it out."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, get_args
@@ -54,12 +53,7 @@ class Card:
     @classmethod
     def read(cls, folder: Path) -> "Card":
         """Of the export in `folder`. Raises UserError naming the file and what is wrong in it."""
-        path = folder / CARD
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            if (found := content.pop("format")) != FORMAT:
-                raise UserError(f"format {found}, this version reads {FORMAT}: use the version that wrote it")
-            del content["fedmoe"]
+        with serving.reading_card(folder / CARD, FORMAT) as content:
             config = configfile.build(content.pop("config"))
             config = replace(config, data=replace(config.data, name="stdlib"))  # not told: it is the client's own
             meaning.check(config)
@@ -81,11 +75,6 @@ class Card:
             if missing := _needed(config) - {*names}:
                 raise ValueError(f"no {min(missing)}")
             return card
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: does not describe an export ({what}): export it again") from error
 
 
 @dataclass(frozen=True, eq=False)

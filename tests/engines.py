@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from fedmoe import checkpoint
@@ -13,10 +14,11 @@ from fedmoe.config import Config
 from fedmoe.engine.device import prepare
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.seam import Engine, Job, Payload, Result, State
-from fedmoe.engine.step import How
+from fedmoe.engine.step import How, Step
 from fedmoe.engine.store import Store
 from fedmoe.federation import Federation
 from fedmoe.server import Server
+from tests.synchronization import without_synchronization
 
 FLIP = 2e-3
 """Of momentum: where a maximum or a ReLU is decided by a rounding, one way takes another than the other does. One such
@@ -122,6 +124,22 @@ def assert_same(ours: Outcome, theirs: Outcome) -> None:
     assert ours.states.keys() == theirs.states.keys()
     for client, state in theirs.states.items():
         assert all(torch.equal(ours.states[client][name], tensor) for name, tensor in state.items()), client
+
+
+def assert_no_step_waits(config: Config, run: Path, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: the host waits for nothing in a step, once what is made but once has been."""
+    take = Step._take
+
+    def watched(self: Step, indices: torch.Tensor) -> None:
+        with without_synchronization():
+            take(self, indices)
+
+    payload = Server(config, checkpoint.load(run, checkpoint.read_manifest(run).server)).theta
+    jobs = [Job(0, number, payload, {"epochs": 1}) for number in (1, 2)]
+    with engine(config, run, how, "cuda") as made:
+        list(made.run("train", jobs[:1]))  # handles, compiled kernels
+        monkeypatch.setattr(Step, "_take", watched)
+        list(made.run("train", jobs[1:]))
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

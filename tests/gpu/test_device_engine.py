@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from fedmoe.config import Config
-from fedmoe.engine.seam import Job
-from fedmoe.engine.step import How, Step
+from fedmoe.engine.step import How
 from fedmoe.reference import ReferenceEngine
-from tests.engines import Outcome, assert_close, assert_same, engine, rounds
-from tests.support import begin, changed, theta, unequal
-from tests.synchronization import without_synchronization
+from tests.engines import Outcome, assert_close, assert_no_step_waits, assert_same, engine, rounds
+from tests.support import begin, changed, unequal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -74,15 +72,4 @@ def test_paged_is_unpaged_bit_for_bit_and_so_is_a_second_run(ragged: Config, tmp
 
 @pytest.mark.parametrize("how", [replace(ALL, graphs=False), replace(ALL, graphs=False, precision="fp16")])
 def test_no_step_waits(config: Config, tmp_path: Path, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = begin(config, tmp_path / "run")
-    take = Step._take
-
-    def watched(self: Step, indices: torch.Tensor) -> None:
-        with without_synchronization():
-            take(self, indices)
-
-    jobs = [Job(0, number, theta(config), {"epochs": 1}) for number in (1, 2)]
-    with engine(config, run, how, "cuda") as made:
-        list(made.run("train", jobs[:1]))  # what is made once may wait: handles, compiled kernels
-        monkeypatch.setattr(Step, "_take", watched)
-        list(made.run("train", jobs[1:]))
+    assert_no_step_waits(config, begin(config, tmp_path / "run"), how, monkeypatch)
