@@ -194,14 +194,16 @@ class Layout:
         """The state in the moving part of a block, as copies."""
         return {name: entry.of(block).clone() for name, entry in self.in_state.items()}
 
-    def constants(self, modules: nn.Module) -> Tensor:  # uint8 [size - moving] on the CPU
-        """The constants of modules as they lie in a block, behind its moving part."""
-        tail = torch.zeros(self.size - self.moving, dtype=torch.uint8)
+    def constants(self, modules: nn.Module, start: int, stop: int) -> Tensor:  # uint8 [stop - start] on the CPU
+        """Bytes of the constants of modules, counted from the end of a block's moving part."""
+        part = torch.zeros(stop - start, dtype=torch.uint8)
         for name, entry in self.entries.items():
-            if entry.offset >= self.moving:
-                parameter = modules.get_parameter(name.removeprefix("model/"))
-                entry._replace(offset=entry.offset - self.moving).of(tail).copy_(parameter.detach())
-        return tail
+            own = entry.offset - self.moving
+            first, last = max(own, start), min(own + entry.bytes, stop)
+            if own >= 0 and first < last:
+                content = _bytes(modules.get_parameter(name.removeprefix("model/")))
+                part[first - start : last - start] = content[first - own : last - own]
+        return part
 
     def flat(self, kind: str, block: Tensor) -> Tensor:  # [weights], of several blocks [.., weights]
         """Everything of one kind (`whole`) in a block, gaps included; the gaps are zero and stay so."""
@@ -235,8 +237,12 @@ def digest(modules: nn.Module, names: Iterable[str]) -> Tensor:  # uint8 [DIGEST
     for name in names:
         parameter = modules.get_parameter(name).detach()
         whole.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        whole.update(parameter.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        whole.update(_bytes(parameter).numpy().data)
     return torch.frombuffer(bytearray(whole.digest()), dtype=torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> Tensor:  # uint8 [n] on the CPU
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _aligned(end: int) -> int:

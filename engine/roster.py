@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -31,7 +32,7 @@ class Roster:
             self._store.add(client, block)
             if layout.size > layout.moving:
                 key, modules = bytes(state["constants"].tolist()), program.modules
-                self._store.add_constants(client, key, lambda: layout.constants(modules))
+                self._store.add_constants(client, key, layout.size - layout.moving, partial(layout.constants, modules))
             self._members[client] = member
         member = self._members[client]
         return member, self._layouts[member.architecture]

@@ -92,7 +92,6 @@ class Store:
 
     def add(self, id: int, block: Tensor) -> None:
         """Take a client's first state, uint8 [n] on the CPU, as committed; its n, a multiple of 256, never changes."""
-        self._begin()
         n = block.numel()
         if id in self._committed:
             size = _size(self._committed[id])
@@ -100,23 +99,18 @@ class Store:
         if n == 0 or n % ALIGNMENT:
             raise ValueError(f"a state is a multiple of {ALIGNMENT} bytes, that of client {id} is {n}")
         blocks.check(block, n, torch.device("cpu"))
-        new = self._new(id, n)
-        if n > self._largest:
-            self._largest = n
-            self.residency.widen(len(new), min(n, self._piece))
-        self._enter(new, block).synchronize()
-        with self.residency.lock:
-            self._committed[id] = new
+        self._add(id, n, block.split(self._piece))
 
-    def add_constants(self, id: int, key: Hashable, make: Callable[[], Tensor]) -> None:
+    def add_constants(self, id: int, key: Hashable, n: int, make: Callable[[int, int], Tensor]) -> None:
         """From now on client `id` is loaded with constants behind its version: those of this key that are known.
 
-        Or else what `make` gives, uint8 [m] on the CPU, m a multiple of 256.
+        Or else n bytes, a multiple of 256, of which `make(start, stop)` gives a part, uint8 on the CPU.
         """
         self._known(id)
         if key not in self._constants:
             number = -1 - len(self._constants)
-            self.add(number, make())
+            starts = range(0, n, self._piece)
+            self._add(number, n, (make(start, min(start + self._piece, n)) for start in starts))
             self._constants[key] = number
         self._constant_of[id] = self._constants[key]
 
@@ -182,7 +176,7 @@ class Store:
         new = self._pending[id] = self._new(id, size)  # from here on, the others are not the latest
         try:
             self.residency.begin_saves()
-            return self._enter(new, region[:size], old)
+            return self._enter(new, region[:size].split(self._piece), old)
         except BaseException:
             del self._pending[id]
             if old is not None and not old[0].dropped:
@@ -275,11 +269,22 @@ class Store:
         sizes = [min(self._piece, n - start) for start in range(0, n, self._piece)]
         return tuple(Block(id, size, place) for place, size in enumerate(sizes))
 
-    def _enter(self, version: Version, source: Tensor, spare: Version | None = None) -> Handle:
-        """Copy a version's bytes from `source`, uint8 [n], each piece in place of that of `spare`; all or nothing."""
+    def _add(self, id: int, n: int, sources: Iterable[Tensor]) -> None:
+        """Take pieces, n bytes in all, as a first version, committed."""
+        self._begin()
+        new = self._new(id, n)
+        if n > self._largest:
+            self._largest = n
+            self.residency.widen(len(new), min(n, self._piece))
+        self._enter(new, sources).synchronize()
+        with self.residency.lock:
+            self._committed[id] = new
+
+    def _enter(self, version: Version, sources: Iterable[Tensor], spare: Version | None = None) -> Handle:
+        """Copy a version's bytes from pieces, uint8 [..], each in place of that of `spare`; all or nothing."""
         gone: list[tuple[int, Handle]] = []
         try:
-            for block, data in zip(version, source.split(self._piece), strict=True):
+            for block, data in zip(version, sources, strict=True):
                 old = None if spare is None else spare[block.place]
                 gone.append((data.data_ptr() + data.numel(), self.residency.save(block, data, old)))
         except BaseException:

@@ -124,7 +124,7 @@ class Display:
         say(self.console, text)
 
     def _rate(self) -> str:
-        return f"{self._samples / max(self._seconds, 1e-9):,.0f} samples/s"
+        return f"{per_second(self._samples, self._seconds)} samples/s"
 
     def _left(self, number: int) -> str:
         seconds = (time.perf_counter() - self._start) / (number - self._done) * (self.rounds - number)
@@ -152,10 +152,16 @@ def summary(console: Console, config: Config, split: Split, lines: list[Line]) -
     work = f"{flops / 1e12:,.2f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.2f} GFLOP"
     text = (
         f"{len(lines)} {'round' if len(lines) == 1 else 'rounds'} in {whole:,.1f} s, "
-        f"{samples / seconds:,.0f} samples/s while training; "
+        f"{per_second(samples, seconds)} samples/s while training; "
         f"{sent / 1e6:,.1f} MB up and down; {work} trained"
     )
     say(console, text)
+
+
+def per_second(count: float, seconds: float) -> str:
+    """A rate; that of large models is below one."""
+    rate = count / max(seconds, 1e-9)
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def accuracies(console: Console, config: Config, split: Split, line: Line) -> None:

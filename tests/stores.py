@@ -67,7 +67,7 @@ class Machine(RuleBasedStateMachine):
         if id in self.store and id not in self.constants:
             made = content(1000 + key, (1 + key) * UNIT)
             self.constants[id] = made
-            self.store.add_constants(id, key, made.clone)
+            self.store.add_constants(id, key, len(made), lambda start, stop: made[start:stop].clone())
 
     @rule(ids=st.lists(CLIENTS))
     def expect(self, ids: list[int]) -> None:

@@ -1,5 +1,6 @@
 """The store on a card: the same versions, copies beside computation, and no wait of the host for what is in memory."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,10 @@ def test_a_load_without_a_handle_waits_for_the_region(tmp_path: Path) -> None:
         assert torch.equal(store.read(0), content(0, LARGE) + 1)
 
 
+def part(data: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return data[start:stop]
+
+
 @pytest.mark.parametrize(("device", "host"), [(20, 0), (0, 20), (2, 2), (0, 0)])
 @pytest.mark.parametrize("pieces", [1, 8])
 def test_one_client_follows_another_out_of_a_single_region(tmp_path: Path, device: int, host: int, pieces: int) -> None:
@@ -88,7 +93,7 @@ def test_one_client_follows_another_out_of_a_single_region(tmp_path: Path, devic
     with opened(tmp_path, device, host, 3, pieces) as store:
         tails = {key: content(100 + key, LARGE // 2) for key in (0, 2)}
         for id in range(3):
-            store.add_constants(id, 2 * (id // 2), tails[2 * (id // 2)].clone)
+            store.add_constants(id, key := 2 * (id // 2), LARGE // 2, partial(part, tails[key]))
         store.expect(order)
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         left, known = None, None
