@@ -12,15 +12,15 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fedmoe import checkpoint, configfile
+from fedmoe import checkpoint, configfile, experts
 from fedmoe.comparetable import show
 from fedmoe.config import Config
 from fedmoe.contrast import contrast
 from fedmoe.display import Output, say, warn
 from fedmoe.errors import DiskError, OutputLost, UserError
-from fedmoe.experts import check_name
 from fedmoe.files import check_above, write_atomic
 from fedmoe.grid import Grid, Planned
+from fedmoe.models import language
 from fedmoe.rounds import Stopped, Whole
 from fedmoe.run import locked, resume, train
 from fedmoe.signals import interrupting
@@ -53,8 +53,10 @@ def run(grid: Grid, folder: Path, as_json: bool, said: str) -> int:
     console, threads = Output(stderr=as_json), torch.get_num_threads()
     planned = grid.runs()
     for one in planned:
-        for name in (*one.config.model.local, one.config.model.global_expert):
-            check_name(name)
+        check = language.check_name if one.config.data.kind == "text" else experts.check_name
+        shared = () if one.config.method == "local" else (one.config.model.global_expert,)
+        for name in (*one.config.model.local, *shared):
+            check(name)
     outcomes: list[Outcome] = []
     finished: list[Trained] = []
     with interrupting(), _opened(folder, grid, said):

@@ -143,6 +143,17 @@ def test_commands_take_text(corpus: Path, fedmoe: Fedmoe, tmp_path: Path) -> Non
     assert done.code == 0 and json.loads(done.out)["predicted"]["activations"] > 0
 
 
+def test_a_sweep_takes_text(corpus: Path, fedmoe: Fedmoe, tmp_path: Path) -> None:
+    text = ("--data.kind", "text", "--data.name", str(corpus), "--data.sequence-length", str(T), "--data.limit", "40")
+    few = ("--federation.clients", "2", "--federation.rounds", "1", "--partition.kind", "iid", "--run.threads", "1")
+    words = ("sweep", *text, *few, "--model.global-expert", "llama-nano", "--method", "fedmoe,local", "--run.no-report")
+    done = fedmoe(*words, "--model.local", "llama-nano", "--dir", "swept")
+    assert done.code == 0, done
+    assert {path.name for path in (tmp_path / "swept").iterdir()} > {"method=fedmoe,seed=0", "method=local,seed=0"}
+    assert "perplexity" in done.out
+    assert "language model 'cnn-1' is none of" in fedmoe(*words, "--model.local", "cnn-1", "--dir", "other").one_line()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -79,13 +79,12 @@ def make(name: str, options: settings.Model, vocabulary: int, positions: int) ->
     with a linear header, one that is too small for the vocabulary or the positions, and whatever is wrong with its
     files.
     """
+    check_name(name)
     if name in NAMES:
         source = hf.Source(name, _config(name, vocabulary, positions), None)
-    elif name.startswith(hf.PREFIX):
+    else:
         source = hf.find(name, options)
         _fit(source, vocabulary, positions)
-    else:
-        raise UserError(f"language model {name!r} is none of {', '.join(NAMES)}, nor `{hf.PREFIX}NAME`")
     whole, _ = hf.load(hf.CAUSAL, source, options)
     body, header = whole.base_model, whole.get_output_embeddings()
     if body is whole or not isinstance(header, nn.Linear):
@@ -94,6 +93,12 @@ def make(name: str, options: settings.Model, vocabulary: int, positions: int) ->
     _check(name, whole, body, header, softcap)
     tuning.apply(name, whole, body, header, options, probe=options.tune == "frozen")
     return Language(Body(whole, header), header, softcap)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for what cannot be the name of a language model."""
+    if name not in NAMES and not name.startswith(hf.PREFIX):
+        raise UserError(f"language model {name!r} is none of {', '.join(NAMES)}, nor `{hf.PREFIX}NAME`")
 
 
 def _fit(source: hf.Source, vocabulary: int, positions: int) -> None:
