@@ -10,7 +10,7 @@ from fedmoe.engine.arena import Arena
 from fedmoe.engine.graphs import Track
 from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import SGD, AdamW, Samples
-from fedmoe.engine.pretend import Live, pretended
+from fedmoe.engine.pretend import Pretence
 from fedmoe.engine.program import Program
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seeds import globals_kept
@@ -44,14 +44,16 @@ def footprint(
     `samples` are such as the client's; what is in them does not matter. Nothing is computed: it takes as long for large
     models as for small ones. With `kernels` the optimizer is the flat one of a GPU, which needs nothing besides.
     """
-    with pretended(modules) as own, globals_kept():
+    pretence = Pretence()
+    own = pretence.copy(modules)
+    with pretence, globals_kept():
         inputs = torch.empty(max(batch, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
         few = Samples(inputs, torch.zeros(len(inputs), dtype=torch.int64), samples.mean, samples.std)
         made = program(own)
         layout, device = Layout.of(made, rule), torch.device("cpu")
         arena = Arena(made, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
         loader = Loader(few, device, resident=True)
-        with Live() as training:
+        with pretence.live() as training:
             step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
             if kernels:
                 step.optimizer.step = lambda: None  # type: ignore[method-assign]
@@ -59,7 +61,7 @@ def footprint(
             for _ in step.epoch(torch.zeros(1, batch, dtype=torch.int64)):
                 pass
         step.optimizer.clear()
-        with Live() as evaluation:
+        with pretence.live() as evaluation:
             for _ in step.evaluate(torch.zeros(evaluation_batch, dtype=torch.int64), evaluation_batch):
                 pass
     return Footprint(training.peak, evaluation.peak)

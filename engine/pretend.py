@@ -2,64 +2,198 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._pytree import tree_leaves
 
 M = TypeVar("M", bound=nn.Module)
+_DEVICE, _ATEN = torch.ops.prim.device.default, torch.ops.aten
+_VIEWS = {
+    _ATEN.view.default, _ATEN.view.dtype, _ATEN._unsafe_view.default, _ATEN.slice.Tensor, _ATEN.select.int,
+    _ATEN.split.Tensor, _ATEN.as_strided.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default,
+    _ATEN.expand.default, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.detach.default, _ATEN.alias.default,
+}  # fmt: skip
 
 
 @contextmanager
 def pretended(modules: M) -> Iterator[M]:
     """A copy without memory, what is shared in it shared; within the block no tensor that is made has any."""
-    tensors = [*modules.parameters(), *modules.buffers()]
-    with torch.no_grad():
-        plain = [tensor.detach() for tensor in tensors]
-    with FakeTensorMode() as mode:
-        made: dict[int, Any] = {}
-        for tensor, detached in zip(tensors, plain, strict=True):
-            # Of a model that has no memory to begin with, as if it had.
-            fake = torch.empty(detached.shape, dtype=detached.dtype) if detached.is_meta else mode.from_tensor(detached)
-            parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if parameter else fake
-        yield copy.deepcopy(modules, made)
+    pretence = Pretence()
+    own = pretence.copy(modules)
+    with pretence:
+        yield own
 
 
-class Live(TorchDispatchMode):
-    """Adds up the bytes of what is made within it, as long as that lives; `peak` is the most at a time."""
+class Live:
+    """Bytes of what is made while it is open, as long as that lives; `peak` is the most at a time."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._now = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def made(self, tensor: Tensor) -> None:
+        """Such a tensor has been made, with a storage of its own."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+
+        def gone(_: object) -> None:
+            del self._alive[key]
+            self._now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+class _Made(NamedTuple):
+    """A tensor with a storage of its own, no larger than it must be, as an operator gives it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Answer(NamedTuple):
+    """What an operator gives."""
+
+    several: bool
+    outputs: list[_Made | int | None]
+    """A tensor, the operand at that place, or nothing."""
+
+
+class Pretence(FakeTensorMode):
+    """PyTorch's mode without memory, much faster: most calls of a model's layers differ in nothing from calls before.
+
+    What follows from shapes and types alone is looked up, views are made as always, and PyTorch is asked the rest.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._live = 0
-        self._known: set[int] = set()
+        self._answers: dict[Hashable, _Answer] = {}
+        self._live: Live | None = None
+
+    def copy(self, modules: M) -> M:
+        """A copy without memory, what is shared in it shared."""
+        tensors = [*modules.parameters(), *modules.buffers()]
+        with torch.no_grad():
+            plain = [tensor.detach() for tensor in tensors]
+        with self:
+            made: dict[int, Any] = {}
+            for tensor, detached in zip(tensors, plain, strict=True):
+                # Of a model that has no memory to begin with, as if it had.
+                shape, dtype, known = detached.shape, detached.dtype, not detached.is_meta
+                fake = self.from_tensor(detached) if known else torch.empty(shape, dtype=dtype)
+                parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if parameter else fake
+            return copy.deepcopy(modules, made)
+
+    @contextmanager
+    def live(self) -> Iterator[Live]:
+        """Count what is made within the block; not in another such."""
+        self._live = live = Live()
+        try:
+            yield live
+        finally:
+            self._live = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages((args, kwargs)):
-            self._know(storage, 0)  # not made here
-        out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            self._know(storage, storage.nbytes())
+        if func is _DEVICE:
+            return args[0].device
+        kwargs, operands = kwargs or {}, []
+        if func in _VIEWS and type(args[0]) is FakeTensor and args[0].constant is None:
+            return self._view(func, args, kwargs)
+        try:
+            call = func, torch.get_default_dtype(), _key((args, *kwargs.items()), operands)
+        except _Special:
+            return self._ask(func, types, args, kwargs)
+        if (answer := self._answers.get(call)) is None:
+            out = self._ask(func, types, args, kwargs)
+            if _key((args, *kwargs.items()), []) == call[-1]:  # shapes of operands stay
+                self._learn(call, operands, out)
+            return out
+        made = [self._make(output, operands) for output in answer.outputs]
+        return tuple(made) if answer.several else made[0]
+
+    def _ask(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """What PyTorch says, who may make others on the way."""
+        live, self._live = self._live, None
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._live = live
+        if live is not None:
+            known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                    known.add(tensor.untyped_storage()._cdata)
+                    live.made(tensor)
         return out
 
-    def _know(self, storage: torch.UntypedStorage, size: int) -> None:
-        if (key := storage._cdata) not in self._known:
-            self._known.add(key)
-            self._live += size
-            self.peak = max(self.peak, self._live)
-            # Another may get its address afterwards.
-            weakref.finalize(storage, self._gone, key, size)
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with in_kernel_invocation_manager(self):
+            out = func(*args, **kwargs)
+        device = args[0].fake_device
+        if isinstance(out, Tensor):
+            return FakeTensor(self, out, device)
+        return [FakeTensor(self, tensor, device) for tensor in out]
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size
+    def _make(self, output: _Made | int | None, operands: list[Tensor]) -> Tensor | None:
+        if output is None:
+            return None
+        if isinstance(output, int):
+            return operands[output]
+        # No mode is on in here: on the meta device nothing has memory.
+        made = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+        if self._live is not None:
+            self._live.made(made)
+        return FakeTensor(self, made, output.device)
+
+    def _learn(self, call: Hashable, operands: list[Tensor], out: Any) -> None:
+        """Remember the answer, unless there is more to it than shapes and types."""
+        several = isinstance(out, tuple | list)
+        outputs: list[_Made | int | None] = []
+        storages = {tensor.untyped_storage()._cdata for tensor in operands}
+        places = {id(tensor): i for i, tensor in enumerate(operands)}
+        for o in out if several else (out,):
+            if o is None:
+                outputs.append(None)
+            elif id(o) in places and len(places) == len(operands):
+                outputs.append(places[id(o)])
+            else:
+                try:
+                    shape, stride, dtype, device = _key(o, [])
+                except (_Special, ValueError):
+                    return
+                storage = o.untyped_storage()
+                size = torch._prims_common.compute_required_storage_length(shape, stride, 0) * dtype.itemsize
+                if storage._cdata in storages or storage.nbytes() != size or o.storage_offset():
+                    return
+                storages.add(storage._cdata)
+                outputs.append(_Made(shape, stride, dtype, device))
+        self._answers[call] = _Answer(several, outputs)
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+class _Special(Exception):
+    """What a call gives may not follow from shapes and types."""
+
+
+def _key(tree: Any, operands: list[Tensor]) -> Hashable:
+    """All that matters of an operand, or of several, whose tensors are added to `operands`."""
+    kind = type(tree)
+    if kind is FakeTensor:
+        if tree.constant is not None or tree.layout is not torch.strided or tree.dtype.is_complex:
+            raise _Special
+        operands.append(tree)
+        return tree.shape, tree.stride(), tree.dtype, tree.fake_device
+    if kind in (tuple, list):
+        return tuple([_key(each, operands) for each in tree])
+    if isinstance(tree, Tensor):
+        raise _Special
+    return kind, tree  # 1 is True, but not the same operand
