@@ -106,7 +106,8 @@ class Pretence(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].device
-        kwargs, operands = kwargs or {}, []
+        kwargs = kwargs or {}
+        operands: list[Tensor] = []
         if func in _VIEWS and type(args[0]) is FakeTensor and args[0].constant is None:
             return self._view(func, args, kwargs)
         try:
@@ -184,7 +185,7 @@ class _Special(Exception):
     """What a call gives may not follow from shapes and types."""
 
 
-def _key(tree: Any, operands: list[Tensor]) -> Hashable:
+def _key(tree: Any, operands: list[Tensor]) -> Any:  # hashable
     """All that matters of an operand, or of several, whose tensors are added to `operands`."""
     kind = type(tree)
     if kind is FakeTensor:

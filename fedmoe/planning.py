@@ -1,6 +1,5 @@
 """`fedmoe plan`, and what it shares with the start of a run: device, split and models, all checked, and the sizes."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,29 +9,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from fedmoe import engines, meaning, mixture, optimizer, partition, rehearsal
+from fedmoe import engines, meaning, mixture, partition, rehearsal, sizing
 from fedmoe.client import load_data
 from fedmoe.config import Config, per_round
 from fedmoe.data import Dataset
 from fedmoe.display import Output, warn, widen
 from fedmoe.engine.choices import Choices, amount
 from fedmoe.engine.device import prepare
-from fedmoe.engine.facts import Architecture, Facts, Sizes, Wanted, Way, as_if, facts
-from fedmoe.engine.fit import work
-from fedmoe.engine.footprint import footprint
-from fedmoe.engine.member import Samples
+from fedmoe.engine.facts import Architecture, Facts, Sizes, Wanted, as_if, facts
 from fedmoe.engine.plan import CHOICES, Plan, plan
 from fedmoe.engine.program import batch_statistics
-from fedmoe.engine.seeds import globals_kept
 from fedmoe.engine.step import How
-from fedmoe.errors import UserError, reason
-from fedmoe.kernels.gated_lm_head_launch import SLAB_BYTES
+from fedmoe.errors import UserError
 from fedmoe.mixture import Mixture
 from fedmoe.models import hf
-from fedmoe.models.language import Body
 from fedmoe.partition import Split
 
 
@@ -143,8 +134,8 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
     )
     how = _how(config, found, on)
     if config.data.kind == "text":
-        return replace(found, ways=_ways(config, models, found, dataset, how, on))
-    kinds = (replace(a, activations=_taken_by_images(models[a.name], found, dataset)) for a in found.architectures)
+        return replace(found, ways=sizing.text(config, models, found, dataset, *how, on))
+    kinds = (replace(a, activations=sizing.images(models[a.name], found, dataset)) for a in found.architectures)
     return replace(found, architectures=tuple(kinds))
 
 
@@ -173,100 +164,6 @@ def _how(config: Config, given: Sizes, on: Facts) -> tuple[How, bool]:
         return How(precision=precision, optimizer=choices.optimizer(precision)), choices.head() == "fused"
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _ways(
-    config: Config, models: Mapping[str, Mixture], given: Sizes, dataset: Dataset, how: tuple[How, bool], on: Facts
-) -> tuple[Way, ...]:
-    """How a step of text may be taken: whole; in ever smaller parts; and so again with activation checkpointing.
-
-    Where the whole fits on `on` the others do not matter, and are not looked at.
-    """
-    t, asked = config.training, config.model.activation_checkpointing
-    low = 2 if how[0].low else 0
-
-    def taken(batch: int, micro_batch: int, checkpointing: bool) -> tuple[int, ...]:
-        return tuple(
-            _taken_by_text(config, models[a.name], a, given, dataset, how, batch, micro_batch, checkpointing)
-            for a in given.architectures
-        )
-
-    whole = taken(given.batch, t.micro_batch, asked == "on")
-    found = [Way(micro_batch=t.micro_batch, checkpointing=asked == "on", activations=whole)]
-    if _fits(given, found[0], low, on):
-        return tuple(found)
-    for checkpointing in (False, True) if asked == "auto" else (asked == "on",):
-        # Each further sample takes as much more as the third does.
-        two, three = (taken(count, 0, checkpointing) for count in (2, 3))
-        each = [b - a for a, b in zip(two, three, strict=True)]
-        parts = [given.batch >> i for i in range(given.batch.bit_length())] if not t.micro_batch else [t.micro_batch]
-        for count in parts:
-            activations = tuple(a + (count - 2) * more for a, more in zip(two, each, strict=True))
-            parted = 0 if count == given.batch else count
-            found.append(Way(micro_batch=parted, checkpointing=checkpointing, activations=activations))
-        if _fits(given, found[-1], low, on):
-            break
-    return tuple(found)
-
-
-def _fits(given: Sizes, way: Way, low: int, on: Facts) -> bool:
-    """Whether each kind of client can train so by itself."""
-    free = on.device_free if on.device == "cuda" else on.host_available
-    return work(given.taken(way), 1, 1, 1, low, on.device == "cuda").total <= free * 4 // 5
-
-
-def _taken_by_text(
-    config: Config,
-    model: Mixture,
-    its: Architecture,
-    given: Sizes,
-    dataset: Dataset,
-    how: tuple[How, bool],
-    batch: int,
-    micro_batch: int,
-    checkpointing: bool,
-) -> int:
-    """Bytes that a step or a batch of an evaluation takes besides gradients, to the byte of what PyTorch asks for."""
-    samples = Samples(dataset.inputs, dataset.labels, config.data.mean, config.data.std)
-    was, model.head = model.head, "fused" if how[1] else "plain"
-    body = model.local_expert
-    assert isinstance(body, Body)
-    body.checkpoint(checkpointing)
-    rule, evaluated = optimizer.rule(config.training), given.evaluation_batch
-    try:
-        found = footprint(model, Mixture.program, samples, rule, how[0], batch, evaluated, micro_batch, how[1])
-    except Exception as error:  # whatever a library's model raises
-        raise UserError(f"model {its.name!r}: a step cannot be taken: {reason(error)}") from error
-    finally:
-        model.head = was
-    # While the fused head works, besides what it gives.
-    slab = SLAB_BYTES if how[1] else 0
-    gradients = work(replace(given, architectures=(its,)), 1, 1, 1, 2 if how[0].low else 0, False).gradients
-    return max(found.training + slab - gradients, found.evaluation)
-
-
-def _taken_by_images(model: Mixture, given: Sizes, dataset: Dataset) -> int:
-    """Likewise, but estimated, which costs less time: twice what the backward pass keeps of a batch.
-
-    Gradients of activations are about as large as these; an evaluation keeps none.
-    """
-    model = copy.deepcopy(model).train()
-    model.head = "plain"
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with globals_kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        # Held until the sum is taken: a storage that is let go of could lend its address to the next.
-        x, y = rehearsal.blank(2, dataset.shape, dataset.outputs)
-        loss, _ = model.join(model.program().run(x), y)
-    count = sum(size for address, size in kept.items() if address not in own)
-    del loss
-    return -(-count // 2) * max(2 * given.backward, given.evaluation_batch)
 
 
 def _print(console: Console, made: Plan) -> None:
