@@ -1,6 +1,8 @@
 """What a client's step takes of memory: the engine's own step, taken on tensors without memory."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,6 +30,18 @@ class Footprint(NamedTuple):
     """Of a batch; 0 where none was asked for."""
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Have Python not look for cycles meanwhile, which takes long beside large models, and of which a step has none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def footprint(
     modules: M,
     program: Callable[[M], Program],
@@ -46,7 +60,7 @@ def footprint(
     """
     pretence = Pretence()
     own = pretence.copy(modules)
-    with pretence, globals_kept():
+    with pretence, globals_kept(), _uncollected():
         inputs = torch.empty(max(*batches, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
         few = Samples(inputs, torch.zeros(len(inputs), dtype=torch.int64), samples.mean, samples.std)
         made = program(own)

@@ -4,10 +4,11 @@ import copy
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +18,9 @@ _VIEWS = {
     _ATEN.view.default, _ATEN.view.dtype, _ATEN._unsafe_view.default, _ATEN.slice.Tensor, _ATEN.select.int,
     _ATEN.split.Tensor, _ATEN.as_strided.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default,
     _ATEN.expand.default, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.detach.default, _ATEN.alias.default,
+}  # fmt: skip
+_PLAIN = {
+    int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
 }  # fmt: skip
 
 
@@ -74,9 +78,10 @@ class Pretence(FakeTensorMode):
     What follows from shapes and types alone is looked up, views are made as always, and PyTorch is asked the rest.
     """
 
+    _answers: ClassVar[dict[Hashable, _Answer]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self._answers: dict[Hashable, _Answer] = {}
         self._live: Live | None = None
         self._like: dict[torch.device, FakeTensor] = {}
 
@@ -118,7 +123,7 @@ class Pretence(FakeTensorMode):
         if (answer := self._answers.get(call)) is None:
             out = self._ask(func, types, args, kwargs)
             if _key((args, *kwargs.items()), []) == call[-1]:  # shapes of operands stay
-                self._learn(call, operands, out)
+                self._learn(call, func, operands, out)
             return out
         made = [self._make(output, operands) for output in answer.outputs]
         return tuple(made) if answer.several else made[0]
@@ -166,8 +171,12 @@ class Pretence(FakeTensorMode):
             self._live.made(made)
         return self._fake(made, output.device)
 
-    def _learn(self, call: Hashable, operands: list[Tensor], out: Any) -> None:
+    def _learn(self, call: Hashable, func: Any, operands: list[Tensor], out: Any) -> None:
         """Remember the answer, unless there is more to it than shapes and types."""
+        if (
+            not isinstance(func, OpOverload) or torch.Tag.inplace_view in func.tags
+        ):  # as `set_`, of which no shape tells
+            return
         several = isinstance(out, tuple | list)
         outputs: list[_Made | int | None] = []
         storages = {tensor.untyped_storage()._cdata for tensor in operands}
@@ -205,6 +214,6 @@ def _key(tree: Any, operands: list[Tensor]) -> Any:  # hashable
         return tree.shape, tree.stride(), tree.dtype, tree.fake_device
     if kind in (tuple, list):
         return tuple([_key(each, operands) for each in tree])
-    if isinstance(tree, Tensor):
+    if kind not in _PLAIN:
         raise _Special
     return kind, tree  # 1 is True, but not the same operand
