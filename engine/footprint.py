@@ -1,7 +1,7 @@
 """What a client's step takes of memory: the engine's own step, taken on tensors without memory."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +12,7 @@ from fedmoe.engine.arena import Arena
 from fedmoe.engine.graphs import Track
 from fedmoe.engine.layout import Layout
 from fedmoe.engine.member import SGD, AdamW, Samples
-from fedmoe.engine.pretend import Live, Pretence
+from fedmoe.engine.pretend import Pretence
 from fedmoe.engine.program import Program
 from fedmoe.engine.samples import Loader
 from fedmoe.engine.seeds import globals_kept
@@ -24,8 +24,8 @@ M = TypeVar("M", bound=nn.Module)
 class Footprint(NamedTuple):
     """Bytes at their peak, besides the client's block, its low-precision copy and the data set."""
 
-    training: tuple[int, ...]
-    """Of a step with each batch: gradients, what the backward pass keeps and makes, what the optimizer needs then."""
+    training: int
+    """Of a step: gradients, what the backward pass keeps and makes, what the optimizer needs meanwhile."""
     evaluation: int
     """Of a batch; 0 where none was asked for."""
 
@@ -48,7 +48,7 @@ def footprint(
     samples: Samples,
     rule: SGD | AdamW,
     how: How,
-    batches: Sequence[int],
+    batch: int,
     evaluation_batch: int = 0,
     micro_batch: int = 0,
     kernels: bool = False,
@@ -61,25 +61,22 @@ def footprint(
     pretence = Pretence()
     own = pretence.copy(modules)
     with pretence, globals_kept(), _uncollected():
-        inputs = torch.empty(max(*batches, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
+        inputs = torch.empty(max(batch, evaluation_batch), *samples.inputs.shape[1:], dtype=samples.inputs.dtype)
         few = Samples(inputs, torch.zeros(len(inputs), dtype=torch.int64), samples.mean, samples.std)
         made = program(own)
         layout, device = Layout.of(made, rule), torch.device("cpu")
         arena = Arena(made, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
         loader = Loader(few, device, resident=True)
-        training, evaluation = [], Live()
-        for batch in batches:
-            with pretence.live() as live:
-                step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
-                if kernels:
-                    step.optimizer.step = lambda: None  # type: ignore[method-assign]
-                step.begin()
-                for _ in step.epoch(torch.zeros(1, batch, dtype=torch.int64)):
-                    pass
-            training.append(live.peak)
-            step.optimizer.clear()
-        if evaluation_batch:
-            with pretence.live() as evaluation:
-                for _ in step.evaluate(torch.zeros(evaluation_batch, dtype=torch.int64), evaluation_batch):
-                    pass
-    return Footprint(tuple(training), evaluation.peak)
+        with pretence.live() as training:
+            step = Step(arena, loader, rule, how, Track(device, graphs=False), micro_batch)
+            if kernels:
+                step.optimizer.step = lambda: None  # type: ignore[method-assign]
+            step.begin()
+            for _ in step.epoch(torch.zeros(1, batch, dtype=torch.int64)):
+                pass
+        step.optimizer.clear()
+        with pretence.live() as evaluation:
+            order = torch.zeros(evaluation_batch, dtype=torch.int64)
+            for _ in step.evaluate(order, evaluation_batch) if evaluation_batch else ():
+                pass
+    return Footprint(training.peak, evaluation.peak)

@@ -134,7 +134,7 @@ def sizes(config: Config, dataset: Dataset, split: Split, models: Mapping[str, M
     )
     how = _how(config, found, on)
     if config.data.kind == "text":
-        return replace(found, ways=sizing.text(config, models, found, dataset, *how, on))
+        return replace(found, ways=(sizing.text(config, models, found, dataset, *how, on),))
     kinds = (replace(a, activations=sizing.images(models[a.name], found, dataset)) for a in found.architectures)
     return replace(found, architectures=tuple(kinds))
 

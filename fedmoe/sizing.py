@@ -1,8 +1,9 @@
 """What steps of a federation's models take of memory: of language models tried out without any, of images estimated."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 from rich.console import Console
 from torch import Tensor
@@ -25,28 +26,23 @@ from fedmoe.models.language import Body
 
 def text(
     config: Config, models: Mapping[str, Mixture], given: Sizes, dataset: Dataset, how: How, fused: bool, on: Facts
-) -> tuple[Way, ...]:
-    """How a step of text may be taken: whole, if that fits on `on`; or in ever smaller parts; or so, checkpointed.
+) -> Way:
+    """How a step of text is taken on `on`: whole, or in the largest parts that fit.
 
-    With activation checkpointing only where the smallest parts do not fit without it, or it is asked for. Raises
-    UserError where a step cannot be taken at all.
+    Likewise with activation checkpointing where the smallest do not fit without it; the smallest where nothing fits.
+    Raises UserError where a step cannot be taken at all.
     """
     asked, micro_batch = config.model.activation_checkpointing, config.training.micro_batch
-    counts = [micro_batch] if micro_batch else [given.batch >> i for i in range(given.batch.bit_length())]
-
-    def whole(taken: Sequence[int]) -> dict[int, int]:
-        return {micro_batch: taken[0]}
-
-    def parts(taken: Sequence[int]) -> dict[int, int]:
-        two, three = taken  # each further sample takes as much more as the third does
-        return {0 if count == given.batch else count: two + (count - 2) * (three - two) for count in counts}
-
+    halves = [given.batch >> i for i in range(1, given.batch.bit_length())]
+    parts = [micro_batch] if micro_batch else [0, *halves]
+    *wider, last = product((False, True) if asked == "auto" else (asked == "on",), parts)
     trials = _Trials(config, models, given, dataset, how, fused, on)
-    if found := trials.ways(asked == "on", [given.batch], micro_batch, whole, fitting=True):
-        return found
-    if asked == "auto" and (found := trials.ways(False, [2, 3], 0, parts, fitting=True)):
-        return found
-    return trials.ways(asked != "off", [2, 3], 0, parts, fitting=False)
+    for checkpointing, part in wider:
+        if way := trials.way(part, checkpointing, fitting=True):
+            return way
+    way = trials.way(last[1], last[0], fitting=False)
+    assert way is not None
+    return way
 
 
 class _Trials:
@@ -68,35 +64,19 @@ class _Trials:
         self._evaluation: dict[str, int] = {}  # by architecture: it is the same however steps are taken
         self._console = Console(stderr=True)
 
-    def ways(
-        self,
-        checkpointing: bool,
-        batches: Sequence[int],
-        micro_batch: int,
-        parts: Callable[[Sequence[int]], dict[int, int]],
-        *,
-        fitting: bool,
-    ) -> tuple[Way, ...]:
-        """What `parts` makes of what steps of these batches take: bytes by samples in a backward pass, the least last.
-
-        If `fitting`, none unless the last fits.
-        """
-        given = self._given
-        found: tuple[Way, ...] = ()
-        taken: dict[str, dict[int, int]] = {}
+    def way(self, micro_batch: int, checkpointing: bool, *, fitting: bool) -> Way | None:
+        """This one, and what it takes; if `fitting`, None where that is too much."""
+        given, way = self._given, None
+        taken: dict[str, int] = {}
         # What does not fit is found soonest with the largest.
         for kind in sorted(given.architectures, key=lambda a: a.trainable + a.frozen, reverse=True):
-            taken[kind.name] = parts(self._taken(kind, batches, micro_batch, checkpointing))
-            known = [a for a in given.architectures if a.name in taken]
-            found = tuple(
-                Way(
-                    micro_batch=part, checkpointing=checkpointing, activations=tuple(taken[a.name][part] for a in known)
-                )
-                for part in taken[kind.name]
-            )
-            if fitting and not self._fits(replace(given, architectures=tuple(known)).taken(found[-1])):
-                return ()
-        return found
+            taken[kind.name] = self._taken(kind, micro_batch, checkpointing)
+            known = tuple(a for a in given.architectures if a.name in taken)
+            activations = tuple(taken[a.name] for a in known)
+            way = Way(micro_batch=micro_batch, checkpointing=checkpointing, activations=activations)
+            if fitting and not self._fits(replace(given, architectures=known).taken(way)):
+                return None
+        return way
 
     def _fits(self, taken: Sizes) -> bool:
         """Whether each kind of client can train so by itself."""
@@ -104,20 +84,19 @@ class _Trials:
         free = self._on.device_free if gpu else self._on.host_available
         return work(taken, 1, 1, 1, low, gpu).total <= free * 4 // 5
 
-    def _taken(self, its: Architecture, batches: Sequence[int], micro_batch: int, checkpointing: bool) -> list[int]:
-        """Bytes that steps of these batches or an evaluation take besides gradients, to the byte of what PyTorch asks.
-
-        Raises UserError where a step cannot be taken.
-        """
+    def _taken(self, its: Architecture, micro_batch: int, checkpointing: bool) -> int:
+        """Bytes that a step or an evaluation takes besides gradients, to the byte of what PyTorch asks for."""
+        given = replace(self._given, architectures=(its,), micro_batch=micro_batch)
+        batch = min(given.batch, 2 * given.backward)  # further parts take what the second does
         model = self._models[its.name]
         was, model.head = model.head, "fused" if self._fused else "plain"
         assert isinstance(model.local_expert, Body)
         model.local_expert.checkpoint(checkpointing)
-        evaluated = 0 if its.name in self._evaluation else self._given.evaluation_batch
+        evaluated = 0 if its.name in self._evaluation else given.evaluation_batch
         try:
             with self._console.status(f"sizing a step of {its.name}"):
                 found = footprint(
-                    model, Mixture.program, self._samples, self._rule, self._how, batches, evaluated, micro_batch,
+                    model, Mixture.program, self._samples, self._rule, self._how, batch, evaluated, micro_batch,
                     self._fused,
                 )  # fmt: skip
         except Exception as error:  # whatever a library's model raises
@@ -127,8 +106,7 @@ class _Trials:
         evaluation = self._evaluation.setdefault(its.name, found.evaluation)
         # While the fused head works, besides what it gives.
         slab, low = SLAB_BYTES if self._fused else 0, 2 if self._how.low else 0
-        gradients = work(replace(self._given, architectures=(its,)), 1, 1, 1, low, False).gradients
-        return [max(training + slab - gradients, evaluation) for training in found.training]
+        return max(found.training + slab - work(given, 1, 1, 1, low, False).gradients, evaluation)
 
 
 def images(model: Mixture, given: Sizes, dataset: Dataset) -> int:

@@ -45,7 +45,7 @@ def agrees(
     evaluation_batch: int = 8,
 ) -> None:
     """What is said of a step and an evaluation is what PyTorch's allocator gives."""
-    said = footprint(model, mixture.Mixture.program, samples, rule, how, [batch], evaluation_batch, micro_batch)
+    said = footprint(model, mixture.Mixture.program, samples, rule, how, batch, evaluation_batch, micro_batch)
     program = model.program()
     layout, device = Layout.of(program, rule), torch.device("cpu")
     arena = Arena(program, layout, torch.zeros(layout.size, dtype=torch.uint8), how.low)
@@ -57,7 +57,7 @@ def agrees(
         for _ in steps[0].epoch(torch.arange(batch).repeat(2, 1)):
             pass
 
-    assert said.training[0] == pytest.approx(peak(train), rel=WITHIN)
+    assert said.training == pytest.approx(peak(train), rel=WITHIN)
     steps[0].optimizer.clear()
     evaluated = peak(lambda: list(steps[0].evaluate(torch.arange(evaluation_batch), evaluation_batch)))
     assert said.evaluation == pytest.approx(evaluated, rel=WITHIN)
