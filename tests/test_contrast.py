@@ -145,7 +145,7 @@ def test_spreads(tmp_path: Path) -> None:
     report = compared(tmp_path, {"accuracies": [[0.4, 0.6]]}, {"accuracies": [[0.5, 0.9]], "seed": 1})
     [row] = report.variants
     assert row.accuracy == pytest.approx(0.6) and row.over_seeds == pytest.approx(0.2 / 2**0.5)
-    assert row.over_clients == pytest.approx(0.15) and row.lowest == pytest.approx(0.45)
+    assert row.over_clients == pytest.approx(0.15) and row.worst == pytest.approx(0.45)
     assert row.test_loss == pytest.approx(0.4)
 
 

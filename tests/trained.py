@@ -1,7 +1,6 @@
 """Run folders with made-up metrics, so that comparing them needs no training."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +37,6 @@ def made(
     facts = {"data": "d", "partition": f"p{seed}", "cpu": "some", "gpu": "none", "threads": 1}
     (folder / "environment.json").write_text(json.dumps(facts | dict(environment or {})))
     lines = [line(n, by_round.get(n), count) for n in range(1, last + 1)]
-    for entry in lines if config.data.kind == "text" else ():
-        if "test_loss" in entry:
-            entry["perplexity"] = spread([math.exp(loss) for loss in entry["test_loss"]["clients"]])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     return folder
 
