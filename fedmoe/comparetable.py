@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fedmoe.contrast import Difference, Report, Row
 from fedmoe.display import say, widen
-from fedmoe.measure import ACCURACY, PERPLEXITY, Measure
+from fedmoe.measure import ACCURACY, Measure
 
 COSTS = ("rounds", "MB", "TFLOP", "seconds")
 DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict", "compared")
@@ -62,7 +62,7 @@ def against(report: Report) -> str:
 def columns(report: Report) -> tuple[str, ...]:
     """Of the variants' table, before what training took."""
     by = report.by
-    return ("variant", "seeds", by.name, "clients", by.worst, "test loss", *(["accuracy"] if by == PERPLEXITY else []))
+    return ("variant", "seeds", by.name, "clients", by.worst, "test loss" if by == ACCURACY else "accuracy")
 
 
 def cells(row: Row, report: Report) -> list[str]:
@@ -76,8 +76,7 @@ def cells(row: Row, report: Report) -> list[str]:
         "none" if level is None else f"{by.figure(level, 4)}{spread}",
         "" if row.over_clients is None else by.spread(row.over_clients),
         "" if row.worst is None else by.figure(row.worst),
-        _figure(row.test_loss, "{:,.4g}"),
-        *([_figure(row.accuracy, "{:.4f}")] if by == PERPLEXITY else []),
+        _figure(row.test_loss, "{:,.4g}") if by == ACCURACY else _figure(row.accuracy, "{:.4f}"),
         *_costs(row, report.target is not None),
     ]
 

@@ -245,9 +245,9 @@ def _gains(variants: Sequence[Variant], number: int, by: Measure) -> Iterator[st
 def _scale(by: Measure, differences: Sequence[Difference]) -> Iterator[str]:
     if by == PERPLEXITY and differences:
         yield (
-            "Perplexity is e to the power of the mean test loss of a token. Means, differences and intervals are taken "
-            "of that loss, client by client: a difference of -5 % says that the first one's perplexity times 0.95 is "
-            "this one's, in the geometric mean over clients and seeds."
+            "Perplexity is e to the power of the mean test loss of a token, and of that loss means over clients and "
+            "seeds, differences and intervals are taken: -5 % says that perplexity is 0.95 times the first one's, each "
+            "client counting the same."
         )
 
 
