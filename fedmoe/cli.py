@@ -107,13 +107,17 @@ def _parser() -> Parser:
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
     report.add_argument("--out", type=Path, metavar="FILE", help="write the page there, not to RUN/report.html")
     report.add_argument("--profile", type=Path, metavar="DIR", help="show this folder of `fedmoe profile`, too")
-    report.add_argument("--target", type=float, metavar="ACCURACY", help="show what reaching this accuracy took")
+    report.add_argument(
+        "--target", type=float, metavar="T", help="show what reaching this accuracy, of text perplexity, took"
+    )
     report.set_defaults(act=_report, parser=report)
 
     compare = commands.add_parser("compare", help="compare runs: which of their differences exceed the noise")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or a folder of some")
     compare.add_argument("--round", type=int, metavar="R", help="at this round; else the last that all have evaluated")
-    compare.add_argument("--target", type=float, metavar="ACCURACY", help="also what each took to this accuracy")
+    compare.add_argument(
+        "--target", type=float, metavar="T", help="also what each took to this accuracy, of text perplexity"
+    )
     compare.add_argument("--out", type=Path, metavar="FILE", help="write a page with plots there (HTML)")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(act=_compare, parser=compare)

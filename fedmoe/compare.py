@@ -19,8 +19,6 @@ def run(
 
     Raises UserError for what is no run, or damaged, or cannot be compared.
     """
-    if target is not None and not 0 < target <= 1:
-        raise UsageError(f"--target is {target:g}, must be an accuracy, more than 0 and at most 1")
     if number is not None and number < 1:
         raise UsageError(f"--round is {number}, must be at least 1")
     if out is not None:

@@ -5,35 +5,37 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedmoe.comparetable import COSTS, DIFFERENCES, against, cells, columns, title
-from fedmoe.contrast import Report
-from fedmoe.profiling.figures import AXIS, OTHERS
+from fedmoe.comparetable import COSTS, DIFFERENCES, against, cells, columns, difference_cells, title
+from fedmoe.contrast import Difference, Report
+from fedmoe.measure import ACCURACY, Measure
+from fedmoe.profiling.figures import AXIS, LOG, OTHERS
 from fedmoe.profiling.markup import Figure, label, sentence, table, text
 from fedmoe.profiling.shell import Section, shell
-from fedmoe.variants import Variant
+from fedmoe.variants import Variant, pairs
 
 
 def page(report: Report, variants: Sequence[Variant]) -> str:
     """All of a comparison; `variants` are those that it is of, in its order."""
+    by = report.by
     plots = [
-        ("curves", "Accuracy by round", curves(variants, report.round)),
+        ("curves", f"{by.name.capitalize()} by round", curves(variants, report.round, by)),
         ("differences", "Differences", forest(report)),
-        ("clients", "Clients", clients(variants, report.round)),
+        ("clients", "Clients", clients(variants, report.round, by)),
     ]
     drawn = {name: figure for name, _, figure in plots if figure is not None}
     inner = {name: figure.html() for name, figure in drawn.items()}
     rows = [cells(row, report) for row in report.variants]
     inner["variants"] = _said(title(report)) + table("variants", (*columns(report), *COSTS), rows)
     if report.differences:
-        caption = f"accuracy less that of {report.variants[0].name}"
-        below = table(caption, DIFFERENCES, map(against, report.differences), words=(0, 5, 6))
+        caption, told = against(report), [difference_cells(difference, by) for difference in report.differences]
+        below = table(caption, DIFFERENCES, told, words=(0, 5, 6))
         inner["differences"] = f"{_said(caption)}{inner['differences']}{below}"
     inner["differences" if report.differences else "variants"] += "".join(map(_said, report.notes))
     tables = [
         Section("variants", "Variants", inner["variants"]),
         *(Section(name, heading, inner.get(name, "")) for name, heading, _ in plots),
         Section("fields", "What differs", _fields(report)),
-        Section("runs", "Runs", _runs(variants, report.round)),
+        Section("runs", "Runs", _runs(variants, report.round, by)),
     ]
     seeds = len({seed for row in report.variants for seed in row.seeds})
     runs = sum(len(row.seeds) for row in report.variants)
@@ -56,28 +58,29 @@ def _fields(report: Report) -> str:
     return table("fields of the configuration that differ", head, rows, words=range(len(head)))
 
 
-def _runs(variants: Sequence[Variant], number: int) -> str:
+def _runs(variants: Sequence[Variant], number: int, by: Measure) -> str:
     rows = [
         [
             str(run.folder),
             variant.name,
             str(seed),
             f"{len(run.rounds)} of {run.config.federation.rounds}",
-            f"{statistics.fmean(scores.values()):.4f}" if (scores := run.scores[number]) else "none",
+            by.figure(by.level(statistics.fmean(scores.values())), 4) if (scores := run.scores[number]) else "none",
         ]
         for variant in variants
         for seed, run in variant.runs.items()
     ]
-    return table("runs", ("folder", "variant", "seed", "rounds", f"accuracy, round {number}"), rows, words=(0, 1))
+    return table("runs", ("folder", "variant", "seed", "rounds", f"{by.name}, round {number}"), rows, words=(0, 1))
 
 
-def curves(variants: Sequence[Variant], number: int) -> Figure:
-    """Mean accuracy by round, with a band from the lowest seed to the highest, or with one seed, over its clients."""
+def curves(variants: Sequence[Variant], number: int, by: Measure) -> Figure:
+    """Means by round, with a band from the lowest seed to the highest, or with one seed, over its clients."""
+    digits = "4" if by == ACCURACY else "2"
     lines: list[dict[str, Any]] = []
     bands: list[dict[str, Any]] = []
     legend = []
     for variant, color in zip(variants, itertools.cycle(OTHERS), strict=False):
-        points = list(_points(variant))
+        points = list(_points(variant, by))
         x, mean, low, high = ([point[i] for point in points] for i in range(4))
         lines.append(
             {
@@ -89,7 +92,7 @@ def curves(variants: Sequence[Variant], number: int) -> Figure:
                 "y": mean,
                 "line": {"color": color, "width": 2},
                 "marker": {"color": color},
-                "hovertemplate": "%{fullData.name}<br>round %{x}: %{y:.4f}<extra></extra>",
+                "hovertemplate": "%{fullData.name}<br>round %{x}: %{y:,." + digits + "f}<extra></extra>",
             }
         )
         bands.append(
@@ -109,18 +112,18 @@ def curves(variants: Sequence[Variant], number: int) -> Figure:
     layout = {
         "margin": {"l": 10, "r": 14, "t": 10, "b": 40},
         "xaxis": AXIS | {"title": {"text": "round"}},
-        "yaxis": AXIS | {"title": {"text": "accuracy"}},
+        "yaxis": AXIS | _scale(by) | {"title": {"text": by.name}},
         "shapes": [_line(number)],
     }
     note = (
-        "Mean over clients of personalized accuracy, averaged over seeds. The band reaches from the lowest seed to the "
-        "highest; of a variant with one seed, over the middle half of its clients. Dotted: the round compared."
+        f"Mean over clients of personalized {by.name}, averaged over seeds. The band reaches from the lowest seed to "
+        "the highest; of a variant with one seed, over the middle half of its clients. Dotted: the round compared."
     )
-    what = "Mean accuracy by round: " + ", ".join(variant.name for variant in variants)
+    what = f"Mean {by.name} by round: " + ", ".join(variant.name for variant in variants)
     return Figure("curves", what, 420, lines + bands, layout, note, legend)
 
 
-def _points(variant: Variant) -> Iterator[tuple[int, float, float, float]]:
+def _points(variant: Variant, by: Measure) -> Iterator[tuple[int, float, float, float]]:
     """Round, mean, lower and upper end of the band, for each round that all runs of the variant have evaluated."""
     runs = list(variant.runs.values())
     for number in sorted(set.intersection(*(set(run.scores) for run in runs))):
@@ -131,67 +134,67 @@ def _points(variant: Variant) -> Iterator[tuple[int, float, float, float]]:
         low, high = min(means), max(means)
         if len(runs) == 1 and len(held[0]) > 1:
             low, _, high = statistics.quantiles(held[0], n=4, method="inclusive")
-        yield number, statistics.fmean(means), low, high
+        yield number, by.level(statistics.fmean(means)), by.level(low), by.level(high)
 
 
 def forest(report: Report) -> Figure | None:
     """Each variant's difference from the first with its interval; None where there is no other."""
     if not report.differences:
         return None
-    differences = report.differences[::-1]  # the first on top
+    by, differences = report.by, report.differences[::-1]  # the first on top
     y = list(range(len(differences)))
-    real = [difference.verdict in ("higher", "lower") for difference in differences]
+
+    def told(difference: Difference) -> str:
+        return " ".join(difference_cells(difference, by)[1:3])
+
     estimates = [difference.estimate for difference in differences]
+    at = [by.shift(e.mean) for e in estimates]
     points = {
         "type": "scatter",
         "mode": "markers",
-        "x": [e.mean for e in estimates],
+        "x": at,
         "y": y,
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [0 if e.high is None else e.high - e.mean for e in estimates],
-            "arrayminus": [0 if e.low is None else e.mean - e.low for e in estimates],
+            "array": [0 if e.high is None else by.shift(e.high) - x for e, x in zip(estimates, at, strict=True)],
+            "arrayminus": [0 if e.low is None else x - by.shift(e.low) for e, x in zip(estimates, at, strict=True)],
             "color": "var(--muted)",
             "thickness": 1.5,
         },
-        "marker": {"size": 10, "color": ["var(--accent)" if one else "#8a96a3" for one in real]},
-        "customdata": [f"{label(d.name)}<br>{' '.join(against(d)[1:3])}<br>{label(d.verdict)}" for d in differences],
+        "marker": {"size": 10, "color": ["#8a96a3" if d.better is None else "var(--accent)" for d in differences]},
+        "customdata": [f"{label(d.name)}<br>{told(d)}<br>{label(d.verdict)}" for d in differences],
         "hovertemplate": "%{customdata}<extra></extra>",
     }
+    ticks = {"tickformat": "+.3~f"} if by == ACCURACY else {"tickformat": "+,.2~f", "ticksuffix": " %"}
     layout = {
         "margin": {"l": 10, "r": 14, "t": 10, "b": 40},
-        "xaxis": AXIS | {"title": {"text": "difference of accuracy"}, "tickformat": "+.3~f"},
+        "xaxis": AXIS | {"title": {"text": f"difference of {by.name}"}} | ticks,
         "yaxis": AXIS
         | {"tickvals": y, "ticktext": [label(d.name, 24) for d in differences], "range": [-0.6, len(y) - 0.4]},
         "shapes": [_line(0)],
     }
     note = "With 95 % intervals. Blue: more than noise, all comparisons taken together. No bar: no telling."
-    what = "; ".join(f"{d.name} {' '.join(against(d)[1:3])}, {d.verdict}" for d in report.differences)
-    return Figure("forest", f"Differences of accuracy: {what}", 90 + 52 * len(y), [points], layout, note)
+    what = "; ".join(f"{d.name} {told(d)}, {d.verdict}" for d in report.differences)
+    return Figure("forest", f"Differences of {by.name}: {what}", 90 + 52 * len(y), [points], layout, note)
 
 
-def clients(variants: Sequence[Variant], number: int) -> Figure | None:
-    """Of two variants, each client's accuracy in one against the other; None where there are no pairs of them."""
+def clients(variants: Sequence[Variant], number: int, by: Measure) -> Figure | None:
+    """Of two variants, each client in one against itself in the other; None where there are no such pairs."""
     if len(variants) != 2:
         return None
     a, b = variants
-    pairs = [
-        (seed, client, run.scores[number][client], b.runs[seed].scores[number][client])
-        for seed, run in a.runs.items()
-        if seed in b.runs and run.dealt == b.runs[seed].dealt
-        for client in sorted(run.scores[number].keys() & b.runs[seed].scores[number].keys())
-    ]
-    if not pairs:
+    found = [(seed, client, by.level(x), by.level(y)) for seed, client, x, y in pairs(a, b, number)]
+    if not found:
         return None
-    ends = [choose(accuracy for pair in pairs for accuracy in pair[2:]) for choose in (min, max)]
+    ends = [choose(level for pair in found for level in pair[2:]) for choose in (min, max)]
     points = {
         "type": "scatter",
         "mode": "markers",
-        "x": [p[2] for p in pairs],
-        "y": [p[3] for p in pairs],
+        "x": [p[2] for p in found],
+        "y": [p[3] for p in found],
         "marker": {"color": "var(--accent)", "size": 8, "opacity": 0.7},
-        "customdata": [f"seed {seed}, client {c}: {x:.3f}, {y:.3f}" for seed, c, x, y in pairs],
+        "customdata": [f"seed {seed}, client {c}: {by.figure(x)}, {by.figure(y)}" for seed, c, x, y in found],
         "hovertemplate": "%{customdata}<extra></extra>",
     }
     equal = {
@@ -204,17 +207,27 @@ def clients(variants: Sequence[Variant], number: int) -> Figure | None:
     }
     layout = {
         "margin": {"l": 10, "r": 14, "t": 10, "b": 40},
-        "xaxis": AXIS | {"title": {"text": label(a.name)}},
-        "yaxis": AXIS | {"title": {"text": label(b.name)}},
+        "xaxis": AXIS | _scale(by) | {"title": {"text": label(a.name)}},
+        "yaxis": AXIS | _scale(by) | {"title": {"text": label(b.name)}},
     }
-    better = sum(y > x for _, _, x, y in pairs), sum(y < x for _, _, x, y in pairs)
+    higher, lower = sum(y > x for _, _, x, y in found), sum(y < x for _, _, x, y in found)
     note = (
-        f"Accuracy of each client of each seed. {b.name} is higher above the dotted line, {better[0]} of {len(pairs)}, "
-        f"and lower below it, {better[1]}."
+        f"{by.name.capitalize()} of each client of each seed. {b.name} is higher above the dotted line, {higher} of "
+        f"{len(found)}, and lower below it, {lower}; {by.better} is better."
     )
     return Figure(
-        "clients", f"Clients' accuracies, {a.name} against {b.name}. {note}", 460, [points, equal], layout, note
+        "clients",
+        f"{by.name.capitalize()} of clients, {a.name} against {b.name}. {note}",
+        460,
+        [points, equal],
+        layout,
+        note,
     )
+
+
+def _scale(by: Measure) -> dict[str, Any]:
+    """Of an axis: perplexities are apart by their ratios."""
+    return {} if by == ACCURACY else LOG
 
 
 def _line(at: float) -> dict[str, Any]:

@@ -8,10 +8,8 @@ from rich.text import Text
 
 from fedmoe.contrast import Difference, Report, Row
 from fedmoe.display import say, widen
+from fedmoe.measure import ACCURACY, Measure
 
-VARIANTS = ("variant", "seeds", "accuracy", "clients", "lowest", "test loss")
-TEXTS = (*VARIANTS, "perplexity")
-"""Where a variant is of text."""
 COSTS = ("rounds", "MB", "TFLOP", "seconds")
 DIFFERENCES = ("variant", "difference", "95 % interval", "p", "p, all", "verdict", "compared")
 
@@ -22,14 +20,14 @@ def show(console: Console, report: Report) -> None:
     rows = [cells(row, report) for row in report.variants]
     head = columns(report)
     split = len(head)
-    console.print(_table(f"held-out accuracy after round {report.round}", head, [row[:split] for row in rows]))
+    console.print(_table(f"held-out {report.by.name} after round {report.round}", head, [row[:split] for row in rows]))
     console.print(_table(_took(report), ("variant", *COSTS), [[row[0], *row[split:]] for row in rows]))
     if report.differences:
         shown, hows = [0, 1, 2, 4, 5, 6], {difference.how for difference in report.differences}
-        said = f"accuracy less that of {report.variants[0].name}"
+        said = against(report)
         if len(hows) == 1:
             shown, said = shown[:-1], f"{said}; {hows.pop()}"
-        lines = [against(difference) for difference in report.differences]
+        lines = [difference_cells(difference, report.by) for difference in report.differences]
         console.print(_table(said, [DIFFERENCES[i] for i in shown], [[line[i] for i in shown] for line in lines]))
     for note in report.notes:
         say(console, note)
@@ -47,30 +45,38 @@ def _table(said: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Tab
 
 def title(report: Report) -> str:
     """What the variants' table shows."""
-    return f"held-out accuracy after round {report.round}, and {_took(report)}"
+    return f"held-out {report.by.name} after round {report.round}, and {_took(report)}"
 
 
 def _took(report: Report) -> str:
-    return "what it took till then" if report.target is None else f"what it took to an accuracy of {report.target:g}"
+    if report.target is None:
+        return "what it took till then"
+    return f"what it took to {report.by.one} of {report.target:g}"
+
+
+def against(report: Report) -> str:
+    """What the differences' table shows."""
+    return f"{report.by.name} {'less' if report.by == ACCURACY else 'against'} that of {report.variants[0].name}"
 
 
 def columns(report: Report) -> tuple[str, ...]:
     """Of the variants' table, before what training took."""
-    return VARIANTS if all(row.perplexity is None for row in report.variants) else TEXTS
+    by = report.by
+    return ("variant", "seeds", by.name, "clients", by.worst, "test loss" if by == ACCURACY else "accuracy")
 
 
 def cells(row: Row, report: Report) -> list[str]:
     """A variant's, in the order of the columns."""
-    spread = "" if row.over_seeds is None else f" ± {row.over_seeds:.4f}"
+    by, level = report.by, row.accuracy if report.by == ACCURACY else row.perplexity
+    spread = "" if row.over_seeds is None else f" {by.spread(row.over_seeds, 4)}"
     many = ", ".join(map(str, row.seeds)) if len(row.seeds) < 6 else f"{len(row.seeds)} seeds"
     return [
         row.name,
         many,
-        "none" if row.accuracy is None else f"{row.accuracy:.4f}{spread}",
-        "" if row.over_clients is None else f"± {row.over_clients:.3f}",
-        _figure(row.lowest, "{:.3f}"),
-        _figure(row.test_loss, "{:,.4g}"),
-        *([_figure(row.perplexity, "{:,.2f}")] if columns(report) == TEXTS else []),
+        "none" if level is None else f"{by.figure(level, 4)}{spread}",
+        "" if row.over_clients is None else by.spread(row.over_clients),
+        "" if row.worst is None else by.figure(row.worst),
+        _figure(row.test_loss, "{:,.4g}") if by == ACCURACY else _figure(row.accuracy, "{:.4f}"),
         *_costs(row, report.target is not None),
     ]
 
@@ -88,13 +94,13 @@ def _costs(row: Row, targeted: bool) -> Iterator[str]:
     yield _figure(cost.seconds, "{:,.1f}")
 
 
-def against(difference: Difference) -> list[str]:
+def difference_cells(difference: Difference, by: Measure) -> list[str]:
     """A difference's cells."""
     e = difference.estimate
-    interval = "" if e.low is None or e.high is None else f"{e.low:+.4f} to {e.high:+.4f}"
+    interval = "" if e.low is None or e.high is None else f"{by.change(e.low)} to {by.change(e.high)}"
     return [
         difference.name,
-        f"{e.mean:+.4f}",
+        by.change(e.mean),
         interval,
         _probability(e.p),
         _probability(difference.p_holm),

@@ -9,13 +9,14 @@ from typing import Any
 from fedmoe import outcome
 from fedmoe.attack import described
 from fedmoe.errors import UserError
+from fedmoe.measure import ACCURACY, PERPLEXITY, Measure
 from fedmoe.pairing import CONFIDENCE, Estimate, deviation, holm, paired, unpaired
-from fedmoe.variants import Trained, Variant, group
+from fedmoe.variants import Trained, Variant, group, pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What training took up to the target accuracy, or without one, to the round compared; means over seeds."""
+    """What training took up to the target, or without one, to the round compared; means over seeds."""
 
     reached: int
     """Seeds that came to the target; the others count in nothing here."""
@@ -29,29 +30,29 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A variant at the round compared: accuracy on held-out samples, personalized."""
+    """A variant at the round compared, on held-out samples, personalized."""
 
     name: str
     values: Mapping[str, str]
     seeds: list[int]
     folders: list[str]
     accuracy: float | None
-    """Mean over seeds of the mean over clients; None if no client of any has one."""
-    over_seeds: float | None
-    """Standard deviation of the seeds' means (n − 1); None with one seed."""
-    over_clients: float | None
-    """Standard deviation over the clients of a seed, as in its metrics, averaged over seeds."""
-    lowest: float | None
-    """Of the client that does worst, averaged over seeds."""
+    """Mean over seeds of the mean over clients; None if no client of any has one. `test_loss` likewise."""
     test_loss: float | None
     perplexity: float | None
-    """Of text, mean over seeds of the mean over clients; None of images."""
+    """Of text, e to the power of the test loss; None of images."""
+    over_seeds: float | None
+    """Standard deviation of the seeds' means (n − 1), of accuracy or, of text, test loss; None with one seed."""
+    over_clients: float | None
+    """Standard deviation over the clients of a seed, as in its metrics, averaged over seeds."""
+    worst: float | None
+    """Accuracy or perplexity of the client that does worst, averaged over seeds as that of all."""
     cost: Cost
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A variant's accuracy less the first one's."""
+    """A variant's accuracy or, of text, test loss, less the first one's."""
 
     name: str
     estimate: Estimate
@@ -59,13 +60,18 @@ class Difference:
     """`estimate.p`, all comparisons taken together."""
     how: str
     """What was compared with what."""
+    better: bool | None
+    """None where it may be noise."""
     verdict: str
+    ratio: tuple[float | None, float | None, float | None] | None
+    """Of text, perplexity over the first one's: e to the power of `estimate.mean`, `low` and `high`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """All that a comparison comes to."""
 
+    by: Measure
     round: int
     target: float | None
     fields: list[str]
@@ -88,14 +94,21 @@ def contrast(
     """Compare runs at round `number`, by default the last that all have evaluated. The first run's variant is the
     baseline.
 
-    Raises UserError where they have no such round in common.
+    Raises UserError where they have no such round in common, or are judged by different measures.
     """
+    by = runs[0].by
+    if odd := next((run for run in runs if run.by != by), None):
+        raise UserError(
+            f"{runs[0].folder} is judged by {by.name} and {odd.folder} by {odd.by.name}, which do not compare: "
+            "give runs of images or runs of text"
+        )
+    by.check_target(target)
     evaluated = [run for run in runs if run.scores]
     if not evaluated:
         raise UserError(f"{runs[0].folder}: no round is evaluated yet: `fedmoe resume {runs[0].folder}` trains on")
     number = _round(evaluated, number)
     variants = group(evaluated)
-    rows = [_row(variant, number, target) for variant in variants]
+    rows = [_row(variant, number, target, by) for variant in variants]
     estimates = [_difference(variants[0], other, number) for other in variants[1:]]
     known = [estimate.p for estimate, _ in estimates if estimate is not None and estimate.p is not None]
     adjusted = iter(holm(known))
@@ -103,10 +116,10 @@ def contrast(
     for other, (estimate, how) in zip(variants[1:], estimates, strict=True):
         if estimate is not None:
             p = None if estimate.p is None else next(adjusted)
-            differences.append(Difference(other.name, estimate, p, how, _verdict(estimate, p, len(known))))
+            differences.append(_against(other.name, estimate, p, how, len(known), by))
     told = _oddities(runs, evaluated, variants, number)
-    notes = [*_perplexities(variants, number), *_coverage(differences, len(known)), *told]
-    return Report(number, target, list(variants[0].values), rows, differences, notes), variants
+    notes = [*_gains(variants, number, by), *_scale(by, differences), *_coverage(differences, len(known)), *told]
+    return Report(by, number, target, list(variants[0].values), rows, differences, notes), variants
 
 
 def _round(runs: Sequence[Trained], number: int | None) -> int:
@@ -131,35 +144,39 @@ def _few(rounds: Mapping[int, object]) -> str:
     return ", ".join(map(str, held)) if len(held) < 6 else f"{held[0]}, {held[1]}, ..., {held[-1]}"
 
 
-def _row(variant: Variant, number: int, target: float | None) -> Row:
-    held = {seed: list(run.scores[number].values()) for seed, run in variant.runs.items()}
-    means = [statistics.fmean(values) for values in held.values() if values]
+def _row(variant: Variant, number: int, target: float | None, by: Measure) -> Row:
+    held = [list(run.scores[number].values()) for run in variant.runs.values() if run.scores[number]]
+    means = [statistics.fmean(values) for values in held]
+    worst = _mean([min(values, key=by.gain) for values in held])
     after = [run.rounds[number - 1] for run in variant.runs.values()]
+    mean, others = _mean(means), [r.test_loss if by == ACCURACY else r.accuracy for r in after]
+    other = _mean([over.mean for over in others if over is not None and over.mean is not None])
+    accuracy, loss = (mean, other) if by == ACCURACY else (other, mean)
     return Row(
         variant.name,
         variant.values,
         list(variant.runs),
         [str(run.folder) for run in variant.runs.values()],
-        _mean(means),
+        accuracy,
+        loss,
+        by.level(loss) if by == PERPLEXITY and loss is not None else None,
         deviation(means),
-        _mean([statistics.pstdev(values) for values in held.values() if values]),
-        _mean([min(values) for values in held.values() if values]),
-        _mean([r.test_loss.mean for r in after if r.test_loss is not None and r.test_loss.mean is not None]),
-        _mean([r.perplexity.mean for r in after if r.perplexity is not None and r.perplexity.mean is not None]),
-        _cost(variant, number, target),
+        _mean([statistics.pstdev(values) for values in held]),
+        None if worst is None else by.level(worst),
+        _cost(variant, number, target, by),
     )
 
 
-def _cost(variant: Variant, number: int, target: float | None) -> Cost:
+def _cost(variant: Variant, number: int, target: float | None, by: Measure) -> Cost:
     runs = [run.rounds for run in variant.runs.values()]
-    found = [outcome.taken(r[:number]) if target is None else outcome.reached(r, target) for r in runs]
+    found = [outcome.taken(r[:number]) if target is None else outcome.reached(r, target, by) for r in runs]
     took = [one for one in found if one is not None]
     means = {name: _mean([getattr(one, name) for one in took]) for name in ("bytes", "flops", "seconds")}
     return Cost(len(took), rounds=_mean([one.round for one in took]), **means)
 
 
 def _difference(first: Variant, second: Variant, number: int) -> tuple[Estimate | None, str]:
-    """The second less the first, and what was compared; None where one has no accuracy at all."""
+    """The second less the first, and what was compared; None where one has no value at all."""
     a, b = ({seed: run.scores[number] for seed, run in v.runs.items() if run.scores[number]} for v in (first, second))
     if not a or not b:
         return None, ""
@@ -187,7 +204,18 @@ def _why(first: Variant, second: Variant, common: Sequence[int]) -> str:
     return "the partitions differ" if first.runs[common[0]].dealt != second.runs[common[0]].dealt else "other clients"
 
 
-def _verdict(estimate: Estimate, p_holm: float | None, comparisons: int) -> str:
+def _against(
+    name: str, estimate: Estimate, p_holm: float | None, how: str, comparisons: int, by: Measure
+) -> Difference:
+    better = by.gain(estimate.mean) > 0 if p_holm is not None and p_holm <= 1 - CONFIDENCE else None
+    ratio = None
+    if by == PERPLEXITY:
+        low, high = (None if end is None else by.level(end) for end in (estimate.low, estimate.high))
+        ratio = by.level(estimate.mean), low, high
+    return Difference(name, estimate, p_holm, how, better, _verdict(estimate, p_holm, comparisons, by), ratio)
+
+
+def _verdict(estimate: Estimate, p_holm: float | None, comparisons: int, by: Measure) -> str:
     if p_holm is None or estimate.p is None:
         if len(estimate.counts) > 1:
             return "no telling: one seed against several shows no noise"
@@ -195,36 +223,32 @@ def _verdict(estimate: Estimate, p_holm: float | None, comparisons: int) -> str:
     if estimate.low == estimate.high == 0:
         return "none at all"
     if p_holm <= 1 - CONFIDENCE:
-        return "higher" if estimate.mean > 0 else "lower"
+        word = "higher" if estimate.mean > 0 else "lower"
+        return word if by == ACCURACY else f"{word} ({'better' if word == by.better else 'worse'})"
     if estimate.p <= 1 - CONFIDENCE:
         return f"within the noise of {comparisons} comparisons"
     return "within the noise"
 
 
-def _perplexities(variants: Sequence[Variant], number: int) -> Iterator[str]:
-    """Of text, how many clients of the first variant predict better in another one, where they are the same."""
-    first = variants[0]
-    for other in variants[1:]:
-        pairs = [
-            (a[client], b[client])
-            for seed in first.runs.keys() & other.runs.keys()
-            if first.runs[seed].dealt == other.runs[seed].dealt
-            for a, b in [(_perplexity(first.runs[seed], number), _perplexity(other.runs[seed], number))]
-            for client in a.keys() & b.keys()
-        ]
-        if pairs:
-            lower, higher = sum(b < a for a, b in pairs), sum(b > a for a, b in pairs)
-            yield (
-                f"Perplexity with {other.name} is lower than with {first.name} for {lower} of "
-                f"{_of(len(pairs), 'client')}, higher for {higher}."
-            )
+def _gains(variants: Sequence[Variant], number: int, by: Measure) -> Iterator[str]:
+    """Of two variants, how many clients the second one serves better, where they are the same."""
+    if len(variants) != 2:
+        return
+    first, second = variants
+    gains = [by.gain(b) - by.gain(a) for _, _, a, b in pairs(first, second, number)]
+    if gains:
+        better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+        many = _of(len(gains), "client") + " of all seeds" * (len(second.runs) > 1)
+        yield f"{second.name} has the better {by.name} for {better} of {many}, {first.name} for {worse}."
 
 
-def _perplexity(run: Trained, number: int) -> dict[int, float]:
-    """Of each client that has one."""
-    after = run.rounds[number - 1]
-    values = [] if after.perplexity is None else after.perplexity.clients
-    return {client: v for client, v in zip(after.evaluated, values, strict=False) if v is not None}
+def _scale(by: Measure, differences: Sequence[Difference]) -> Iterator[str]:
+    if by == PERPLEXITY and differences:
+        yield (
+            "Perplexity is e to the power of the mean test loss of a token, and of that loss means over clients and "
+            "seeds, differences and intervals are taken: -5 % says that perplexity is 0.95 times the first one's, each "
+            "client counting the same."
+        )
 
 
 def _coverage(differences: Sequence[Difference], comparisons: int) -> Iterator[str]:
@@ -265,8 +289,8 @@ def _oddities(
     for run, clients in [entry for entry in lost if entry[1]]:
         names = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
         yield (
-            f"{run.folder}: no accuracy of {_of(len(clients), 'client')} ({names}), left out of its mean and pairs: "
-            "what is left may look better than it is."
+            f"{run.folder}: no {run.by.name} of {_of(len(clients), 'client')} ({names}), left out of its mean and "
+            "pairs: what is left may look better than it is."
         )
     if len({frozenset(run.scores[number]) for run in evaluated}) > 1 and not any(clients for _, clients in lost):
         yield "Means are over different clients."

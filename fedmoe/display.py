@@ -12,6 +12,7 @@ from rich.table import Table
 from fedmoe.config import Config
 from fedmoe.engine.seam import Result
 from fedmoe.errors import OutputLost
+from fedmoe.measure import ACCURACY, PERPLEXITY
 from fedmoe.metrics import Line
 from fedmoe.partition import Split
 
@@ -63,7 +64,7 @@ class Display:
             disable=not self._live,
         )
         self._task = self._bar.add_task("", total=rounds, completed=done, note="")
-        self._accuracy = ""
+        self._tested = ""
         self._parts: dict[str, int] = {}  # of clients whose batches do not fit, as last told
 
     def __enter__(self) -> Self:
@@ -81,23 +82,23 @@ class Display:
         # By the clock, since clients may train side by side.
         self._samples, self._seconds, self._since = self._samples + samples, self._seconds + now - self._since, now
         with _taken():
-            self._bar.update(self._task, advance=0.9 / self.jobs, note=f"{self._accuracy}{self._rate()}")
+            self._bar.update(self._task, advance=0.9 / self.jobs, note=f"{self._tested}{self._rate()}")
 
     def evaluating(self, done: int, of: int) -> None:
         """`done` of the round's evaluations are done."""
         self._since = time.perf_counter()
         if self._live:
             with _taken():
-                self._bar.update(self._task, note=f"{self._accuracy}evaluating {done}/{of}")
+                self._bar.update(self._task, note=f"{self._tested}evaluating {done}/{of}")
 
     def round(self, line: Line) -> None:
         """A round is over."""
         self._since = time.perf_counter()
-        number, accuracy = line["round"], line.get("accuracy")
+        number, accuracy, text = line["round"], line.get("accuracy"), line.get("perplexity")
         if accuracy:
-            self._accuracy = f"accuracy {accuracy['mean']:.3f} "
+            self._tested = f"{_perplexity(line)} " if text else f"accuracy {accuracy['mean']:.3f} "
         with _taken():
-            self._bar.update(self._task, completed=number, note=f"{self._accuracy}{self._rate()}")
+            self._bar.update(self._task, completed=number, note=f"{self._tested}{self._rate()}")
             for client in line["rolled_back"]:
                 self._say(
                     f"round {number}: client {client} rolled back and left out: its loss or a weight is not finite"
@@ -116,8 +117,8 @@ class Display:
                 figures = [f"loss {line['loss']:.3f}" if line["loss"] is not None else "no loss"]
                 if accuracy:
                     figures.insert(0, f"accuracy {accuracy['mean']:.3f} ± {accuracy['std']:.3f}")
-                if (perplexity := line.get("perplexity")) and perplexity["mean"] is not None:
-                    figures.append(f"perplexity {perplexity['mean']:.2f}")
+                if text:
+                    figures.append(_perplexity(line))
                 self._say(f"round {number}/{self.rounds}  {'  '.join(figures)}  {self._rate()}  {self._left(number)}")
 
     def _say(self, text: str) -> None:
@@ -188,12 +189,24 @@ def accuracies(console: Console, config: Config, split: Split, line: Line) -> No
             ]
             table.add_row(name, "", "", "", *(_figure(key, value) for key, value in of))
     whole = len(clients) == config.federation.clients
-    spreads = [f"{_figure(key, line[key]['mean'])} ± {_figure(key, line[key]['std'])}" for key in shown]
+    spreads = (_spread(key, line) for key in shown)
     table.add_row(f"all {len(clients)}" if whole else f"these {len(clients)}", "", "", "", *spreads)
     console.print(table)
 
 
-def _figure(key: str, value: float | None) -> str:
-    if value is None:
+def _perplexity(line: Line) -> str:
+    loss = line["test_loss"]["mean"]
+    return "no perplexity" if loss is None else f"perplexity {PERPLEXITY.figure(PERPLEXITY.level(loss))}"
+
+
+def _spread(key: str, line: Line) -> str:
+    """Mean and standard deviation over clients, of perplexity those of its logarithm."""
+    by = ACCURACY if key.startswith("accuracy") else PERPLEXITY
+    values = line[key.replace("perplexity", "test_loss")]
+    if values["mean"] is None:
         return "not finite"
-    return f"{value:.3f}" if key.startswith("accuracy") else f"{value:,.2f}"
+    return f"{by.figure(by.level(values['mean']))} {by.spread(values['std'])}"
+
+
+def _figure(key: str, value: float | None) -> str:
+    return "not finite" if value is None else (ACCURACY if key.startswith("accuracy") else PERPLEXITY).figure(value)

@@ -104,6 +104,8 @@ def parse(base: Config, words: list[str], seeds: str) -> Grid:
             fixed += option
     if "seed" in axes or ("seed" in seen and not seeds.isdecimal()):
         raise UsageError("several seeds are given by --seeds: how many from --seed on, as 3, or which, as 1,5,7")
+    if "data.kind" in axes:
+        raise UsageError("data.kind has one value in a sweep: accuracy of images and perplexity of text do not compare")
     base = configfile.override(base, fixed, "sweep", DOES)
     base = configfile.with_values(base, {name: found[0] for name, found in axes.items() if len(found) == 1})
     axes = {name: found for name, found in axes.items() if len(found) > 1}

@@ -1,12 +1,14 @@
-"""What a run's metrics say: its rounds as checked numbers, and what it took to reach an accuracy."""
+"""What a run's metrics say: its rounds as checked numbers, and what it took to reach an accuracy or perplexity."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedmoe.errors import UserError
+from fedmoe.measure import ACCURACY, LARGEST, Measure
 from fedmoe.metrics import Line
 
 
@@ -50,11 +52,11 @@ class Round:
     evaluated: list[int] = field(default_factory=list)
     accuracy: Over | None = None
     """On held-out samples, with the client's own global expert (personalized)."""
-    aggregated: Over | None = None
+    accuracy_aggregated: Over | None = None
     """With the newly aggregated one."""
     test_loss: Over | None = None
-    perplexity: Over | None = None
-    """Of text."""
+    """Of text, of a token."""
+    test_loss_aggregated: Over | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,32 @@ def rounds(path: Path, lines: Sequence[Line], clients: int, done: int) -> list[R
     return made
 
 
-def best(found: Sequence[Round]) -> Round | None:
-    """The first with the highest mean accuracy; None where none has one."""
-    known = [r for r in found if r.accuracy is not None and r.accuracy.mean is not None]
-    return max(known, key=lambda r: (_mean(r), -r.number), default=None)
+def tested(r: Round, by: Measure, aggregated: bool = False) -> Over | None:
+    """What the measure's values are taken from, with each client's own global expert or the newly aggregated one."""
+    if by == ACCURACY:
+        return r.accuracy_aggregated if aggregated else r.accuracy
+    return r.test_loss_aggregated if aggregated else r.test_loss
+
+
+def held(r: Round, by: Measure, aggregated: bool = False) -> dict[int, float]:
+    """The measure's value of each client that has one; none where the round was not evaluated so."""
+    if (over := tested(r, by, aggregated)) is None:
+        return {}
+    return {
+        c: value for c, value in zip(r.evaluated, over.clients, strict=True) if value is not None and value < LARGEST
+    }
+
+
+def mean(r: Round, by: Measure, aggregated: bool = False) -> float | None:
+    """Of these values over clients; None where none has one."""
+    values = held(r, by, aggregated).values()
+    return statistics.fmean(values) if values else None
+
+
+def best(found: Sequence[Round], by: Measure) -> tuple[Round, float] | None:
+    """The first round whose mean is best, and the mean; None where none has one."""
+    known = [(r, value) for r in found if (value := mean(r, by)) is not None]
+    return max(known, key=lambda pair: by.gain(pair[1]), default=None)
 
 
 def last(found: Sequence[Round]) -> Round | None:
@@ -103,9 +127,10 @@ def last(found: Sequence[Round]) -> Round | None:
     return next((r for r in reversed(found) if r.accuracy is not None), None)
 
 
-def reached(found: Sequence[Round], target: float) -> Taken | None:
-    """What it took until the mean accuracy first was at least `target`; None where no evaluated round's was."""
-    hit = next((r.number for r in found if _mean(r) >= target), None)
+def reached(found: Sequence[Round], target: float, by: Measure) -> Taken | None:
+    """What it took until the level of the mean first was `target` or better; None where no evaluated round's was."""
+    means = ((r.number, mean(r, by)) for r in found)
+    hit = next((n for n, value in means if value is not None and by.gain(by.level(value)) >= by.gain(target)), None)
     return None if hit is None else taken(found[:hit])
 
 
@@ -124,10 +149,6 @@ def energy(found: Sequence[Round]) -> float | None:
     """Joules of the rounds; None where one of them is not known."""
     known = [r.energy for r in found if r.energy is not None]
     return sum(known) if known and len(known) == len(found) else None
-
-
-def _mean(r: Round) -> float:
-    return -math.inf if r.accuracy is None or r.accuracy.mean is None else r.accuracy.mean
 
 
 def _round(line: Line, clients: int) -> Round:
@@ -153,9 +174,9 @@ def _round(line: Line, clients: int) -> Round:
         skipped=int(_number(line.get("skipped", 0))),
         evaluated=evaluated,
         accuracy=_over(line, "accuracy", evaluated),
-        aggregated=_over(line, "accuracy_aggregated", evaluated),
+        accuracy_aggregated=_over(line, "accuracy_aggregated", evaluated),
         test_loss=_over(line, "test_loss", evaluated),
-        perplexity=_over(line, "perplexity", evaluated),
+        test_loss_aggregated=_over(line, "test_loss_aggregated", evaluated),
     )
 
 

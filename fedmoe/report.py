@@ -31,8 +31,8 @@ def write(
 ) -> Path:
     """Write the report of the run in folder `run`, whose lock is held, to `out` or into the folder; returns where.
 
-    `target` is an accuracy, whose cost is shown; `profile` is shown with it. Raises UserError where the run is damaged,
-    OSError where the disk refuses.
+    `target` is an accuracy, of text a perplexity, whose cost is shown; `profile` is shown with it. Raises UserError
+    where the run is damaged, OSError where the disk refuses.
     """
     made = page(subject(config, run, device, target, profile))
     path = out or run / NAME

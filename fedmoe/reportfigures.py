@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedmoe import outcome
 from fedmoe.insight import Gated, Pictured
-from fedmoe.outcome import Over, Round
+from fedmoe.measure import ACCURACY, Measure
+from fedmoe.outcome import Round
 from fedmoe.partitionfigure import tick_places
-from fedmoe.profiling.figures import APART, AXIS, OTHERS
+from fedmoe.profiling.figures import APART, AXIS, LOG, OTHERS
 from fedmoe.profiling.markup import Figure, digits, label, percent
 
 POINTS = 800
@@ -24,9 +27,9 @@ KINDS = {"global": "global expert", "local": "local expert", "mixed": "mixed by 
 MARGIN = {"l": 10, "r": 14, "t": 10, "b": 40}
 
 
-def accuracy(found: Sequence[Round]) -> Figure | None:
-    """Mean over clients by round, with bands of percentiles; None where no round has one."""
-    known = [r for r in found if r.accuracy is not None and r.accuracy.mean is not None]
+def measured(found: Sequence[Round], by: Measure) -> Figure | None:
+    """The measure's mean over clients by round, with bands of percentiles; None where no round has one."""
+    known = [r for r in found if outcome.held(r, by)]
     if not known:
         return None
     known = _thinned(known)
@@ -35,8 +38,9 @@ def accuracy(found: Sequence[Round]) -> Figure | None:
     legend = []
     if max(len(r.evaluated) for r in known) > 1:
         for (low, high), color in BANDS.items():
-            edges = np.array([np.percentile(_finite(r.accuracy), [low, high]) for r in known]).round(4)
-            area = {"x": [*x, *reversed(x)], "y": [*edges[:, 0].tolist(), *reversed(edges[:, 1].tolist())]}
+            edges = [np.percentile(list(outcome.held(r, by).values()), [low, high]) for r in known]
+            lower, upper = ([round(by.level(float(edge[i])), 4) for edge in edges] for i in (0, 1))
+            area = {"x": [*x, *reversed(x)], "y": [*lower, *reversed(upper)]}
             name = f"{low}th to {high}th percentile of clients"
             line = {"width": 0}
             data.append(
@@ -44,18 +48,20 @@ def accuracy(found: Sequence[Round]) -> Figure | None:
                 | {"name": name, "hoverinfo": "skip"}
             )
             legend.append((name, color))
-    for name, color, dash, overs in (
-        ("mean, personalized", "var(--accent)", "solid", [r.accuracy for r in known]),
-        ("mean, with aggregated θ", "#e0652d", "dash", [r.aggregated for r in known]),
+    for name, color, dash, aggregated in (
+        ("mean, personalized", "var(--accent)", "solid", False),
+        ("mean, with aggregated θ", "#e0652d", "dash", True),
     ):
-        means = [None if over is None else _short(over.mean) for over in overs]
+        values = [outcome.mean(r, by, aggregated) for r in known]
+        means = [None if value is None else _short(by.level(value)) for value in values]
         if any(mean is not None for mean in means):
-            said = [_said(r, over) for r, over in zip(known, overs, strict=True)]
+            said = [_said(r, by, aggregated) for r in known]
             data.append(_line(name, x, means, color, dash) | {"customdata": said})
             legend.append((name, color))
-    layout = {"margin": MARGIN, "xaxis": _rounds(x), "yaxis": AXIS | APART | {"title": {"text": "accuracy"}}}
-    what = f"Mean accuracy by round: {_last(known)} after round {x[-1]}"
-    return Figure("accuracy", what, 340, data, layout, legend=legend)
+    scale = {} if by == ACCURACY else LOG
+    layout = {"margin": MARGIN, "xaxis": _rounds(x), "yaxis": AXIS | APART | scale | {"title": {"text": by.name}}}
+    what = f"Mean {by.name} by round: {_last(known[-1], by)} after round {x[-1]}"
+    return Figure(by.name, what, 340, data, layout, legend=legend)
 
 
 def loss(found: Sequence[Round]) -> Figure | None:
@@ -83,35 +89,14 @@ def loss(found: Sequence[Round]) -> Figure | None:
     return Figure("loss", f"Loss by round, {', '.join(name for name, _ in legend)}", 340, data, layout, legend=legend)
 
 
-def perplexity(found: Sequence[Round]) -> Figure | None:
-    """Of held-out text by round, the mean of clients and the lowest and highest; None where no round has one."""
-    known = _thinned([r for r in found if r.perplexity is not None and r.perplexity.mean is not None])
-    if not known:
-        return None
-    x, data, legend = [r.number for r in known], [], []
-    kept = [[v for v in r.perplexity.clients if v is not None] for r in known if r.perplexity is not None]
-    for name, color, dash, values in (
-        ("mean of clients", "var(--accent)", "solid", [sum(v) / len(v) for v in kept]),
-        ("lowest", GRAY, "dot", [min(v) for v in kept]),
-        ("highest", GRAY, "dash", [max(v) for v in kept]),
-    ):
-        said = [f"round {at}<br>{name}: {value:,.2f}" for at, value in zip(x, values, strict=True)]
-        data.append(_line(name, x, [_short(value) for value in values], color, dash) | {"customdata": said})
-        legend.append((name, color))
-    scale = {"type": "log", "tickformat": "~s"}
-    layout = {"margin": MARGIN, "xaxis": _rounds(x), "yaxis": AXIS | APART | scale | {"title": {"text": "perplexity"}}}
-    what = f"Perplexity by round: {data[0]['y'][-1]} after round {x[-1]}, mean of clients"
-    return Figure("perplexity", what, 340, data, layout, legend=legend)
-
-
-def clients(line: Round, models: Sequence[str]) -> Figure | None:
-    """Accuracy of each evaluated client, sorted, a color for each model; None where none has one."""
-    assert line.accuracy is not None
-    values = dict(zip(line.evaluated, line.accuracy.clients, strict=True))
-    ordered = sorted((c for c in values if values[c] is not None), key=lambda c: (values[c], c))
+def clients(line: Round, models: Sequence[str], by: Measure) -> Figure | None:
+    """The measure of each evaluated client, the worst first, a color for each model; None where none has one."""
+    values, other = (
+        {c: by.level(value) for c, value in outcome.held(line, by, aggregated).items()} for aggregated in (False, True)
+    )
+    ordered = sorted(values, key=lambda c: (by.gain(values[c]), c))
     if not ordered:
         return None
-    other = dict(zip(line.evaluated, line.aggregated.clients, strict=True)) if line.aggregated else {}
     place = {client: i for i, client in enumerate(ordered)}
     data: list[dict[str, Any]] = []
     legend = []
@@ -123,9 +108,9 @@ def clients(line: Round, models: Sequence[str]) -> Figure | None:
             legend.append((model, color))
             bars = {"x": [place[c] for c in own], "y": [_short(values[c]) for c in own], "marker": {"color": color}}
             bars["width"] = 0.8 if len(ordered) <= FEW else 1
-            said = [_client(c, model, values[c], other.get(c)) for c in own]
+            said = [_client(c, model, values[c], other.get(c), by) for c in own]
             data.append({"type": "bar", "name": label(model), "customdata": said} | HOVER | bars)
-    if any(value is not None for value in other.values()):
+    if other:
         marks = {"x": list(place.values()), "y": [_short(other.get(c)) for c in ordered]}
         marker = {"color": "var(--fg)", "symbol": "line-ew-open" if len(ordered) <= FEW else "circle", "size": 9}
         marker |= {} if len(ordered) <= FEW else {"size": 3}
@@ -133,16 +118,18 @@ def clients(line: Round, models: Sequence[str]) -> Figure | None:
         legend.append(("with aggregated θ", "var(--fg)"))
     named = len(ordered) <= FEW
     ticks = {"tickvals": list(place.values()), "ticktext": [str(c) for c in ordered]} if named else {}
-    title = "client, by accuracy" if named else f"{len(ordered):,} clients, by accuracy"
+    title = f"client, by {by.name}" if named else f"{len(ordered):,} clients, by {by.name}"
+    span = {"range": [0, 1.02]} if by == ACCURACY else {"rangemode": "tozero"}
     layout = {
         "margin": MARGIN,
         "barmode": "overlay",  # each has a place of its own
         "xaxis": {"title": {"text": title}, "showgrid": False, "zeroline": False, "automargin": True, **ticks}
         | {"showticklabels": named, "range": [-0.6, len(ordered) - 0.4]},
-        "yaxis": AXIS | {"range": [0, 1.02], "title": {"text": "accuracy"}, "fixedrange": True},
+        "yaxis": AXIS | {"title": {"text": by.name}, "fixedrange": True} | span,
     }
     worst, top = ordered[0], ordered[-1]
-    what = f"Accuracy by client: from {_short(values[worst])} (client {worst}) to {_short(values[top])} (client {top})"
+    ends = f"from {_short(values[worst])} (client {worst}) to {_short(values[top])} (client {top})"
+    what = f"{by.name.capitalize()} by client: {ends}"
     return Figure("clients", what, 360, data, layout, legend=legend)
 
 
@@ -273,31 +260,28 @@ def _thinned(found: Sequence[Round]) -> list[Round]:
     return list(found[::-1][::step])[::-1]
 
 
-def _finite(over: Over | None) -> list[float]:
-    assert over is not None
-    return [value for value in over.clients if value is not None]
-
-
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def _said(r: Round, over: Over | None) -> str:
-    if over is None or over.mean is None:
+def _said(r: Round, by: Measure, aggregated: bool) -> str:
+    values = outcome.held(r, by, aggregated).values()
+    if not values:
         return ""
-    return f"round {r.number}<br>{over.mean:.3f} ± {over.std or 0:.3f}<br>{len(_finite(over))} clients"
+    level = by.figure(by.level(statistics.fmean(values)))
+    return f"round {r.number}<br>{level} {by.spread(statistics.pstdev(values))}<br>{len(values)} clients"
 
 
 def _lost(number: int, name: str, value: float | None) -> str:
     return f"round {number}<br>{name}: {'none' if value is None else digits(value)}"
 
 
-def _last(known: Sequence[Round]) -> str:
-    over = known[-1].accuracy
-    assert over is not None and over.mean is not None
-    return percent(over.mean)
+def _last(r: Round, by: Measure) -> str:
+    mean = outcome.mean(r, by)
+    assert mean is not None
+    return percent(mean) if by == ACCURACY else by.figure(by.level(mean))
 
 
-def _client(client: int, model: str, value: float | None, other: float | None) -> str:
-    said = f"client {client}<br>{label(model)}<br>accuracy {value:.3f}"
-    return said if other is None else f"{said}<br>with aggregated θ {other:.3f}"
+def _client(client: int, model: str, level: float, other: float | None, by: Measure) -> str:
+    said = f"client {client}<br>{label(model)}<br>{by.name} {by.figure(level)}"
+    return said if other is None else f"{said}<br>with aggregated θ {by.figure(other)}"

@@ -1,5 +1,6 @@
 """The sections of a run's report: what is known of each subject, in words, tables and plots, the key numbers first."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from fedmoe import configfile, meaning, outcome, reportfigures
 from fedmoe.attack import described
 from fedmoe.config import Config
 from fedmoe.insight import Gated, Pictured
-from fedmoe.outcome import Over, Round
+from fedmoe.measure import ACCURACY, PERPLEXITY, Measure, measure
+from fedmoe.outcome import Round
 from fedmoe.partitionfigure import partition_figure
 from fedmoe.profiling.markup import (
     Cell,
@@ -34,9 +36,9 @@ from fedmoe.profiling.sections import Sections, setup
 from fedmoe.profiling.shell import Section
 
 LISTED = 100
-"""Most clients in the table, those of least accuracy; and most rounds in that of clients left out, the last."""
+"""Most clients in the table, those that do worst; and most rounds in that of clients left out, the last."""
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
-"""Of the best mean accuracy: what reaching them took is in the table."""
+"""Of the best mean accuracy, or of text how often the best perplexity: what reaching them took is in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Subject:
     gates: Sequence[Gated] = ()
     pictures: Sequence[Pictured] = ()
     target: float | None = None
-    """Accuracy that is of interest."""
+    """Accuracy, or of text perplexity, that is of interest."""
     profile: Profile | None = None
 
 
@@ -67,21 +69,20 @@ class ReportSections:
     def __init__(self, subject: Subject) -> None:
         self.figures: list[Figure] = []
         self._s, self._models = subject, subject.config.model.local
-        self._last, self._best = outcome.last(subject.rounds), outcome.best(subject.rounds)
+        self._by = measure(subject.config)
+        self._last, self._best = outcome.last(subject.rounds), outcome.best(subject.rounds, self._by)
 
     def all(self) -> Iterator[Section]:
         """Each, with content or without."""
-        s = self._s
-        kinds = (reportfigures.accuracy, reportfigures.loss, reportfigures.perplexity)
-        over_rounds = [self._figure(kind(s.rounds)) for kind in kinds]
+        s, name = self._s, self._by.name
+        measured, lost = reportfigures.measured(s.rounds, self._by), reportfigures.loss(s.rounds)
         yield Section("numbers", "Key numbers", self._numbers())
-        yield Section("accuracy", "Accuracy over rounds", over_rounds[0], half=True)
-        yield Section("loss", "Loss over rounds", over_rounds[1], half=True)
-        yield Section("perplexity", "Perplexity over rounds", over_rounds[2])
+        yield Section(name, f"{name.capitalize()} over rounds", self._figure(measured), half=True)
+        yield Section("loss", "Loss over rounds", self._figure(lost), half=True)
         yield Section("clients", "Clients", self._clients())
         yield Section("gate", "The gate", self._gate())
         yield Section("representations", "Representations", self._representations())
-        yield Section("target", "Cost of an accuracy", self._target())
+        yield Section("target", f"Cost of {self._by.one}", self._target())
         yield Section("partition", "Partition", self._figure(partition_figure(s.counts, s.classes)))
         yield Section("left-out", "Warnings and clients left out", self._left_out())
         if s.profile is not None:
@@ -104,14 +105,17 @@ class ReportSections:
 
     def _cards(self) -> Iterator[tuple[str, str, str]]:
         s, wanted = self._s, self._s.config.federation.rounds
-        for name, over in _kinds(self._last).items():
-            assert self._last is not None
-            more = f"± {over.std:.3f} over {_many(over)}, " if over.std is not None else ""
-            yield f"accuracy, {name}", _accuracy(over.mean), f"{more}held-out samples, after round {self._last.number}"
-        if self._last is not None and (found := self._last.perplexity) is not None and found.mean is not None:
-            yield "perplexity", f"{found.mean:,.2f}", f"± {found.std:,.2f} over {_many(found)}, held-out tokens"
-        if self._best is not None and self._best is not self._last and self._best.accuracy:
-            yield "best accuracy", _accuracy(self._best.accuracy.mean), f"mean, after round {self._best.number}"
+        last, by = self._last, self._by
+        for name, aggregated in _kinds(last, by).items():
+            assert last is not None
+            values = list(outcome.held(last, by, aggregated).values())
+            more = f"{by.spread(statistics.pstdev(values))} over {_count(len(values), 'client')}, " if values else ""
+            shown = _shown(outcome.mean(last, by, aggregated), by)
+            yield f"{by.name}, {name}", shown, f"{more}held-out samples, after round {last.number}"
+        if by == PERPLEXITY and last is not None and (shares := outcome.mean(last, ACCURACY)) is not None:
+            yield "accuracy", f"{shares:.3f}", "of the next token, mean of clients"
+        if self._best is not None and self._best[0] is not last:
+            yield f"best {by.name}", _shown(self._best[1], by), f"mean, after round {self._best[0].number}"
         yield "rounds", f"{len(s.rounds)}", "all" if len(s.rounds) == wanted else f"of {wanted}"
         sampled = f", {statistics.median(len(r.sampled) for r in s.rounds):g} a round" if s.rounds else ""
         yield "clients", f"{len(s.train):,}", f"{_count(len(set(self._models[: len(s.train)])), 'model')}{sampled}"
@@ -138,36 +142,37 @@ class ReportSections:
         line = self._last
         if line is None or line.accuracy is None:
             return ""
-        drawn = self._figure(reportfigures.clients(line, self._models))
+        drawn = self._figure(reportfigures.clients(line, self._models, self._by))
         said = f"After round {line.number}, {len(line.evaluated):,} of {_count(len(self._s.train), 'client')}"
         return paragraphs([said]) + drawn + self._models_table(line) + self._clients_table(line)
 
     def _models_table(self, line: Round) -> str:
-        assert line.accuracy is not None
         by_model: dict[str, list[float]] = {}
-        for client, value in zip(line.evaluated, line.accuracy.clients, strict=True):
-            if value is not None:
-                by_model.setdefault(self._model(client), []).append(value)
+        for client, value in outcome.held(line, self._by).items():
+            by_model.setdefault(self._model(client), []).append(value)
         rows = [
-            [model, f"{len(v):,}", *(f"{of(v):.3f}" for of in (statistics.mean, min, statistics.median, max))]
+            [model, f"{len(v):,}", *(_shown(of(v), self._by) for of in (statistics.mean, min, statistics.median, max))]
             for model, v in sorted(by_model.items())
         ]
-        return table("Accuracy by model", ["model", "clients", "mean", "lowest", "median", "highest"], rows)
+        head = ["model", "clients", "mean", "lowest", "median", "highest"]
+        return table(f"{self._by.name.capitalize()} by model", head, rows)
 
     def _clients_table(self, line: Round) -> str:
-        kinds = _kinds(line)
-        order = {client: i for i, client in enumerate(line.evaluated)}
+        by, kinds = self._by, _kinds(line, self._by)
+        columns = [(name, outcome.held(line, by, aggregated), by) for name, aggregated in kinds.items()]
+        if by == PERPLEXITY:
+            columns.append(("accuracy", outcome.held(line, ACCURACY), ACCURACY))
+        own = columns[0][1]
         rows: list[Row] = []
-        for client in sorted(order, key=lambda c: (_known(kinds["personalized"].clients[order[c]]), c))[:LISTED]:
-            values = [over.clients[order[client]] for over in kinds.values()]
+        for client in sorted(line.evaluated, key=lambda c: (by.gain(own[c]) if c in own else -math.inf, c))[:LISTED]:
             sizes = [f"{self._s.train[client]:,}", f"{self._s.test[client]:,}"]
-            cells = [Cell(_accuracy(value), bar=value) for value in values]
-            if line.perplexity is not None:
-                value = line.perplexity.clients[order[client]]
-                cells.append(Cell("not finite" if value is None else f"{value:,.2f}"))
+            cells = [
+                Cell(_shown(values.get(client), of), bar=values.get(client) if of == ACCURACY else None)
+                for _, values, of in columns
+            ]
             rows.append([str(client), self._model(client), *sizes, *cells])
-        many = f"Clients ({LISTED} of lowest accuracy)" if len(order) > LISTED else "Clients"
-        head = ["client", "model", "train", "test", *kinds, *(["perplexity"] if line.perplexity is not None else [])]
+        many = f"Clients ({LISTED} of {by.worst} {by.name})" if len(line.evaluated) > LISTED else "Clients"
+        head = ["client", "model", "train", "test", *(name for name, _, _ in columns)]
         return details(many, table(many, head, rows, words=(0, 1)))
 
     def _gate(self) -> str:
@@ -215,27 +220,32 @@ class ReportSections:
         return paragraphs([what]) + swatches(names) + f'<div class="grid">{made}</div>'
 
     def _target(self) -> str:
-        s = self._s
-        if self._best is None or self._best.accuracy is None or not self._best.accuracy.mean:
-            return paragraphs([f"No round has an accuracy, so none reached {s.target}"]) if s.target else ""
-        top = self._best.accuracy.mean
+        s, by = self._s, self._by
+        top = by.level(self._best[1]) if self._best else 0.0
+        if not top:
+            return paragraphs([f"No round has {by.one}, so none reached {s.target}"]) if s.target else ""
         asked = [] if s.target is None else [s.target]
         rows: list[Row] = []
-        for target in sorted({*(share * top for share in SHARES), *asked}):
-            name = Cell(f"{target:.4f}", "asked for" if target in asked else f"{percent(target / top)} of the best")
-            if (hit := outcome.reached(s.rounds, target)) is None:
+        for target in sorted(
+            {*(top * share if by == ACCURACY else top / share for share in SHARES), *asked}, key=by.gain
+        ):
+            name = Cell(
+                by.figure(target, 4), "asked for" if target in asked else f"{percent(target / top)} of the best"
+            )
+            if (hit := outcome.reached(s.rounds, target, by)) is None:
                 rows.append([name, "not reached", *[""] * 5])
                 continue
             work = [size(hit.bytes / hit.round), size(hit.bytes), scaled(hit.flops, "FLOP"), seconds(hit.seconds)]
             rows.append([name, str(hit.round), *work, "" if hit.energy is None else scaled(hit.energy, "J")])
-        head = ["mean accuracy", "rounds", "bytes a round", "communication", "computed", "time", "energy"]
+        head = [f"mean {by.name}", "rounds", "bytes a round", "communication", "computed", "time", "energy"]
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
+        limit = "at least that" if by == ACCURACY else "that or lower"
         note = (
-            "Up to the first evaluated round whose mean accuracy is at least that. Communication is rounds × bytes a "
+            f"Up to the first evaluated round whose mean {by.name} is {limit}. Communication is rounds × bytes a "
             "round, up and down, of all clients; time is of whole rounds, evaluation included"
         )
-        return paragraphs([note]) + table("Cost of an accuracy", head, rows)
+        return paragraphs([note]) + table(f"Cost of {by.one}", head, rows)
 
     def _left_out(self) -> str:
         s, rows = self._s, list[Row]()
@@ -271,23 +281,15 @@ class ReportSections:
         return self._models[client % len(self._models)]
 
 
-def _kinds(line: Round | None) -> dict[str, Over]:
-    """What accuracies a round has, by name."""
-    named = {"personalized": line.accuracy, "aggregated": line.aggregated} if line else {}
-    return {name: over for name, over in named.items() if over is not None}
+def _kinds(line: Round | None, by: Measure) -> dict[str, bool]:
+    """With which global expert a round is evaluated, by name: whether it is the aggregated one."""
+    known = {"personalized": False, "aggregated": True} if line else {}
+    return {name: aggregated for name, aggregated in known.items() if line and outcome.tested(line, by, aggregated)}
 
 
-def _known(value: float | None) -> float:
-    """For sorting: what is not finite comes first."""
-    return -1.0 if value is None else value
-
-
-def _accuracy(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
-
-
-def _many(over: Over) -> str:
-    return _count(sum(value is not None for value in over.clients), "client")
+def _shown(value: float | None, by: Measure) -> str:
+    """A value of the measure, or a mean of some."""
+    return "not finite" if value is None else by.figure(by.level(value))
 
 
 def _count(number: int, of: str) -> str:

@@ -18,8 +18,9 @@ from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.display import Output, accuracies, say, summary, warn
 from fedmoe.engine.facts import facts
-from fedmoe.errors import OutputLost, UsageError, UserError
+from fedmoe.errors import OutputLost, UserError
 from fedmoe.files import check_above, check_page, write_atomic
+from fedmoe.measure import measure
 from fedmoe.partition import Split
 from fedmoe.rounds import Whole, evaluation, run_rounds
 
@@ -131,13 +132,13 @@ def evaluate(run: Path, clients: list[int], aggregated: bool, as_json: bool) -> 
 def write_report(run: Path, out: Path | None, target: float | None, profile: Path | None) -> None:
     """Write the report of a run to the file `out`, into its folder if that is None, and print where.
 
-    `target` is an accuracy whose cost is shown; `profile` the folder of a profile that is shown, too.
+    `target` is an accuracy, of text a perplexity, whose cost is shown; `profile` the folder of a profile that is
+    shown, too.
     """
-    if target is not None and not 0 < target <= 1:
-        raise UsageError(f"--target is {target}, must be an accuracy, more than 0 and at most 1")
     if out is not None:
         check_page(out)
     config = _open(run)
+    measure(config).check_target(target)
     shown = report.read_profile(profile) if profile else None
     # Others may look at the run meanwhile, unless the report is written into its folder.
     with locked(run, fcntl.LOCK_SH if out else fcntl.LOCK_EX):

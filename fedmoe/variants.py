@@ -1,7 +1,7 @@
 """Runs as they lie in their folders, grouped by what differs in their configurations; seeds repeat a variant."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from fedmoe import configfile, meaning, metrics, outcome
 from fedmoe.config import Config
 from fedmoe.errors import UserError
+from fedmoe.measure import Measure, measure
 from fedmoe.outcome import Round
 
 ASIDE = ("run.", "checkpoint.", "evaluation.", "federation.rounds")
@@ -25,7 +26,12 @@ class Trained:
     rounds: Sequence[Round]
     """1, 2, ..."""
     scores: Mapping[int, Mapping[int, float]]
-    """Of every evaluated round, personalized accuracy by client; without those that have none."""
+    """Of every evaluated round, the measure's value by client, personalized; without those that have none."""
+
+    @property
+    def by(self) -> Measure:
+        """What the run is judged by."""
+        return measure(self.config)
 
     @property
     def dealt(self) -> tuple[Any, Any, int]:
@@ -59,11 +65,8 @@ def read(folder: Path) -> Trained:
         raise UserError(f"{path}: is missing or damaged ({type(error).__name__}: {error}): restore it") from error
     lines = metrics.read(folder)
     rounds = outcome.rounds(folder / "metrics.jsonl", lines, config.federation.clients, len(lines))
-    scores = {
-        r.number: {c: v for c, v in zip(r.evaluated, r.accuracy.clients, strict=True) if v is not None}
-        for r in rounds
-        if r.accuracy is not None
-    }
+    by = measure(config)
+    scores = {r.number: outcome.held(r, by) for r in rounds if r.accuracy is not None}
     return Trained(folder, config, environment, rounds, scores)
 
 
@@ -88,6 +91,15 @@ def group(runs: Sequence[Trained]) -> list[Variant]:
         name = name or f"method={same[0].config.method}"
         variants.append(Variant(name, values, {run.config.seed: run for run in same}))
     return variants
+
+
+def pairs(first: Variant, second: Variant, number: int) -> Iterator[tuple[int, int, float, float]]:
+    """Seed, client and both values of each client that has the same samples in both, after the round."""
+    for seed, run in first.runs.items():
+        other = second.runs.get(seed)
+        if other is not None and run.dealt == other.dealt:
+            a, b = run.scores[number], other.scores[number]
+            yield from ((seed, client, a[client], b[client]) for client in sorted(a.keys() & b.keys()))
 
 
 def _told(run: Trained, runs: Sequence[Trained]) -> dict[str, str]:

@@ -22,6 +22,7 @@ NAMED = 7
 POINTS = 800
 """Most of a quantity over time: a plot is that many pixels wide."""
 AXIS = {"gridcolor": "var(--line)", "zeroline": False, "automargin": True}
+LOG = {"type": "log", "tickformat": "~s"}
 APART = {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}
 """Keeps the zeros of two axes from running into one another."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedmoe.comparetable import cells, difference_cells
 from fedmoe.contrast import Report, contrast
 from fedmoe.errors import UserError
 from fedmoe.variants import read
@@ -145,8 +146,31 @@ def test_spreads(tmp_path: Path) -> None:
     report = compared(tmp_path, {"accuracies": [[0.4, 0.6]]}, {"accuracies": [[0.5, 0.9]], "seed": 1})
     [row] = report.variants
     assert row.accuracy == pytest.approx(0.6) and row.over_seeds == pytest.approx(0.2 / 2**0.5)
-    assert row.over_clients == pytest.approx(0.15) and row.lowest == pytest.approx(0.45)
+    assert row.over_clients == pytest.approx(0.15) and row.worst == pytest.approx(0.45)
     assert row.test_loss == pytest.approx(0.4)
+
+
+def test_numbers_of_images_are_what_they_were(tmp_path: Path) -> None:
+    """Before text was compared by its perplexity: to the digit."""
+    runs = [
+        {"accuracies": [[0.5 + 0.1 * s + g * (1 + 0.1 * s), 0.61 + g, 0.7 - 0.02 * s - g / 2]], "seed": s, "method": m}
+        for m, g in (("fedmoe", 0), ("local", 0.05), ("static", -0.004))
+        for s in range(3)
+    ]
+    report = compared(tmp_path, *runs)
+    assert [cells(row, report)[2:6] for row in report.variants] == [
+        ["0.6300 ± 0.0267", "± 0.051", "0.570", "0.37"],
+        ["0.6567 ± 0.0283", "± 0.037", "0.613", "0.3433"],
+        ["0.6279 ± 0.0265", "± 0.053", "0.566", "0.3721"],
+    ]
+    assert [difference_cells(difference, report.by)[1:6] for difference in report.differences] == [
+        ["+0.0267", "+0.0225 to +0.0308", "0.001", "0.003", "higher"],
+        ["-0.0021", "-0.0025 to -0.0018", "0.001", "0.003", "lower"],
+    ]
+    e = report.differences[0].estimate
+    assert [e.mean, e.low, e.high] == pytest.approx([0.0266666666666667, 0.0225264371470828, 0.0308068961862506])
+    assert [difference.better for difference in report.differences] == [True, False]
+    assert [difference.ratio for difference in report.differences] == [None, None]
 
 
 def test_other_machines_are_said(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_a_field_that_no_run_uses_is_named() -> None:
         (["--seed", "1,2"], "1", "several seeds are given by --seeds"),
         (["--seed", "1"], "1,2", "several seeds are given by --seeds"),
         (["--federation", "1,2"], "1", "--federation"),
+        (["--data.kind", "images,text"], "1", "data.kind has one value in a sweep: accuracy of images and"),
         (["other.toml"], "1", "there is only one): other.toml"),
         ([], "0", "--seeds is 0, must be from 1 to 10,000"),
         ([], "many", "--seeds is 'many', must be how many, as 3, or which, as 1,5,7"),

@@ -12,6 +12,7 @@ import torch
 from fedmoe import insight, outcome, report, run
 from fedmoe.config import Config
 from fedmoe.errors import UserError
+from fedmoe.measure import ACCURACY
 from fedmoe.profiling.markup import THIN
 from tests import browser, reports
 from tests.support import SMALL, Fedmoe, changed, train
@@ -202,12 +203,13 @@ def test_no_accuracy_at_all_and_no_evaluation() -> None:
     s = reports.subject(4, 3)
     nothing = outcome.Over(None, None, [None] * 4)
     blind = [
-        replace(r, loss=None, accuracy=nothing, aggregated=None, test_loss=nothing, not_finite=[0]) for r in s.rounds
+        replace(r, loss=None, accuracy=nothing, accuracy_aggregated=None, test_loss=nothing, not_finite=[0])
+        for r in s.rounds
     ]
     page = Parsed(report.page(replace(s, rounds=blind, gates=[], pictures=[], target=0.5)))
     assert not page.figures.keys() & {"plot-accuracy", "plot-loss", "plot-clients"}
     assert "not finite" in page.words and "No round has an accuracy, so none reached 0.5" in page.words
-    unseen = [replace(r, evaluated=[], accuracy=None, aggregated=None, test_loss=None) for r in s.rounds]
+    unseen = [replace(r, evaluated=[], accuracy=None, accuracy_aggregated=None, test_loss=None) for r in s.rounds]
     page = Parsed(report.page(replace(s, rounds=unseen)))
     assert "clients" not in page.sections and "plot-loss" in page.figures
 
@@ -241,15 +243,15 @@ def test_who_was_left_out_is_named() -> None:
 
 def test_the_cost_of_an_accuracy() -> None:
     s = reports.subject(4, 20)
-    hit = outcome.reached(s.rounds, 0.5)
+    hit = outcome.reached(s.rounds, 0.5, ACCURACY)
     assert hit is not None
     means = [r.accuracy.mean for r in s.rounds if r.accuracy and r.accuracy.mean is not None]
     assert means[hit.round - 1] >= 0.5 > max(means[: hit.round - 1])
     assert hit.bytes == hit.round * 4 * 2 * 466_240 - 466_240 * (hit.round >= 7)
     assert hit.seconds == pytest.approx(2.0 * hit.round) and hit.energy is None
-    assert outcome.reached(s.rounds, 0.999) is None
+    assert outcome.reached(s.rounds, 0.999, ACCURACY) is None
     metered = [replace(r, energy=5.0) for r in s.rounds]
-    hit = outcome.reached(metered, 0.5)
+    hit = outcome.reached(metered, 0.5, ACCURACY)
     assert hit is not None and hit.energy == 5.0 * hit.round
     assert "J" in said(Parsed(report.page(replace(s, rounds=metered))))
 
