@@ -13,7 +13,7 @@ from fedmoe.config import Config, Model
 from fedmoe.errors import UserError
 from fedmoe.experts import build
 from fedmoe.meaning import ignored
-from fedmoe.models import language
+from fedmoe.models import hf, language
 from tests.hfmodels import VOCABULARY, save
 from tests.support import Fedmoe, changed
 
@@ -94,6 +94,16 @@ def test_image_classifiers_that_do_not_fit(
 def test_names_that_nothing_has(name: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         make(name)
+
+
+def test_an_old_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.3.9")
+    with pytest.raises(UserError, match=r"^model 'hf/x' needs transformers 5.4 or newer, 5.3.9 is installed: pip"):
+        hf.library("hf/x")
+    monkeypatch.setattr(transformers, "__version__", "5.10rc1")
+    assert hf.library("hf/x") is transformers
 
 
 def test_folders_that_are_broken(models: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fedmoe.errors import UserError, reason
 from fedmoe.models import attention, tuning
 
 PREFIX = "hf/"
+OLDEST = (5, 4)
+"""The version of transformers from which its models can be made without memory."""
 CAUSAL = "AutoModelForCausalLM"
 FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 """What is fetched of a repository; only the first where no weights are wanted."""
@@ -69,8 +71,15 @@ def make(
 
 
 def library(name: str) -> Any:
-    """transformers, silent; UserError where it is missing or cannot be imported."""
+    """transformers, silent; UserError where it is missing, too old, or cannot be imported."""
     transformers = tuning.optional("transformers", name)
+    from packaging.version import Version  # which transformers needs, too
+
+    if Version(transformers.__version__).release < OLDEST:
+        raise UserError(
+            f"model {name!r} needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, {transformers.__version__} is "
+            "installed: pip install --upgrade transformers"
+        )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
