@@ -47,9 +47,9 @@ def warn(text: str) -> None:
 class Display:
     """Shows a run's rounds as they pass; raises OutputLost if nobody takes it. Use it as a context manager."""
 
-    def __init__(self, rounds: int, done: int, jobs: int, console: Console) -> None:
-        self.console = console
-        self.rounds, self.jobs, self._done = rounds, jobs, done
+    def __init__(self, config: Config, done: int, jobs: int, console: Console) -> None:
+        self.console, self._config = console, config
+        self.rounds, self.jobs, self._done = config.federation.rounds, jobs, done
         self._samples, self._seconds = 0.0, 0.0
         self._start = self._since = time.perf_counter()
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -63,7 +63,7 @@ class Display:
             console=self.console,
             disable=not self._live,
         )
-        self._task = self._bar.add_task("", total=rounds, completed=done, note="")
+        self._task = self._bar.add_task("", total=self.rounds, completed=done, note="")
         self._tested = ""
         self._parts: dict[str, int] = {}  # of clients whose batches do not fit, as last told
 
@@ -125,7 +125,7 @@ class Display:
         say(self.console, text)
 
     def _rate(self) -> str:
-        return f"{per_second(self._samples, self._seconds)} samples/s"
+        return per_second(self._config, self._samples, self._seconds)
 
     def _left(self, number: int) -> str:
         seconds = (time.perf_counter() - self._start) / (number - self._done) * (self.rounds - number)
@@ -153,16 +153,17 @@ def summary(console: Console, config: Config, split: Split, lines: list[Line]) -
     work = f"{flops / 1e12:,.2f} TFLOP" if flops >= 1e12 else f"{flops / 1e9:,.2f} GFLOP"
     text = (
         f"{len(lines)} {'round' if len(lines) == 1 else 'rounds'} in {whole:,.1f} s, "
-        f"{per_second(samples, seconds)} samples/s while training; "
+        f"{per_second(config, samples, seconds)} while training; "
         f"{sent / 1e6:,.1f} MB up and down; {work} trained"
     )
     say(console, text)
 
 
-def per_second(count: float, seconds: float) -> str:
-    """A rate; that of large models is below one."""
-    rate = count / max(seconds, 1e-9)
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+def per_second(config: Config, samples: float, seconds: float) -> str:
+    """Samples per second, or of text tokens."""
+    text = config.data.kind == "text"
+    rate = samples * (config.data.sequence_length if text else 1) / max(seconds, 1e-9)
+    return f"{rate:,.0f} tokens/s" if text else f"{rate:,.0f} samples/s"
 
 
 def accuracies(console: Console, config: Config, split: Split, line: Line) -> None:

@@ -65,7 +65,7 @@ def run_rounds(config: Config, run: Path, device: torch.device, whole: Whole | N
         rounds = config.federation.rounds
         if bad := described(config):
             say(whole.console, f"attacked: {bad}")
-        display = stack.enter_context(Display(rounds, done, len(server.sample(1)), whole.console))
+        display = stack.enter_context(Display(config, done, len(server.sample(1)), whole.console))
 
         def save() -> None:
             with _disk(hint):
