@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,15 +71,21 @@ def test_lm_step(gpu_benchmark: Bench, tmp_path: Path) -> None:
         )
 
 
-def test_lm_paging(gpu_benchmark: Bench, tmp_path: Path) -> None:
-    """Rounds of clients on the device, on the host, in files: all that is above 1 is transfer that does not hide."""
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_lm_paging(gpu_benchmark: Bench, tmp_path: Path, tune: str) -> None:
+    """Rounds of clients on the device, on the host, in files: all that is above 1 is transfer that does not hide.
+
+    With one region nothing can hide behind training; of what comes in, only what goes out at the same time.
+    """
     bench = gpu_benchmark
     config = large(bench, tmp_path, clients=3 if bench.full else 2, samples=4)
+    config = changed(config, model={"tune": tune, "frozen_dtype": "bf16" if bench.full else "fp32"})
     run = begin(config, tmp_path / "run")
     gpu = bench.device.type == "cuda"
     ways: dict[str, dict[str, Any] | Absent] = {
         "in device memory": {} if gpu else Absent("a CPU has the host's memory only"),
         "in host memory": {"device_memory": 0},
+        "in host memory, one region": {"device_memory": 0, "regions": 1} if gpu else Absent("a CPU has one always"),
         "in files": {"memory": 0},
     }
     rounds_of(bench, config, run, ways)
