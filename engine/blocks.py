@@ -222,8 +222,9 @@ class Leaving:
         return self._gone[-1][1].query()
 
     def synchronize(self) -> None:
-        """As Handle's."""
-        self._gone[-1][1].synchronize()
+        """As Handle's; of those from the host, some may not be on a stream."""
+        for _, handle in self._gone:
+            handle.synchronize()
 
     def until(self, end: int) -> Handle:
         """Tells when all that lies before the address `end` has gone."""

@@ -85,6 +85,8 @@ class Layout:
     """How many of them low precision copies; the rest are normalizations'."""
     theta: tuple[str, ...]
     """Names of what is shared, parameters, then float buffers, in registration order."""
+    fixed: frozenset[str]
+    """Names of the constants."""
     moving: int
     """Bytes of a block that a state is packed into; the constants follow."""
     size: int
@@ -152,7 +154,8 @@ class Layout:
             moving = _aligned(end + DIGEST)
             end = place("model/", constants, moving)
         theta = tuple(f"model/{name}" for name in (*parameters, *floating) if shared and name.startswith(shared))
-        return cls(entries, whole, ranges, weights // 4, narrow // 4, theta, moving, end)
+        fixed = frozenset(f"model/{name}" for name in constants)
+        return cls(entries, whole, ranges, weights // 4, narrow // 4, theta, fixed, moving, end)
 
     @property
     def trainable(self) -> list[str]:
@@ -168,7 +171,7 @@ class Layout:
     @property
     def in_state(self) -> dict[str, Entry]:
         """All entries but the constants."""
-        return {name: entry for name, entry in self.entries.items() if entry.offset < self.moving}
+        return {name: entry for name, entry in self.entries.items() if name not in self.fixed}
 
     def pack(self, state: State, block: Tensor) -> None:  # uint8 [moving]
         """Write a state into the moving part of a block; what it does not have of the optimizer's is zero.
@@ -197,10 +200,10 @@ class Layout:
     def constants(self, modules: nn.Module, start: int, stop: int) -> Tensor:  # uint8 [stop - start] on the CPU
         """Bytes of the constants of modules, counted from the end of a block's moving part."""
         part = torch.zeros(stop - start, dtype=torch.uint8)
-        for name, entry in self.entries.items():
-            own = entry.offset - self.moving
-            first, last = max(own, start), min(own + entry.bytes, stop)
-            if own >= 0 and first < last:
+        for name in self.fixed:
+            own = self.entries[name].offset - self.moving
+            first, last = max(own, start), min(own + self.entries[name].bytes, stop)
+            if first < last:
                 content = _bytes(modules.get_parameter(name.removeprefix("model/")))
                 part[first - start : last - start] = content[first - own : last - own]
         return part

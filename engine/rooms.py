@@ -121,8 +121,9 @@ class Arrival:
     def _load(self) -> None:
         room, store, client = self._room, self._site.store, self._rest[0]
         room.fit(self._rows * self._size, self._track)
-        region = room.row(self._row, self._size)
-        self._last = store.load(client, region, room.left, self._anew())
+        region, anew = room.row(self._row, self._size), self._anew()
+        room.taken(self._row, self._size, None)  # a load that fails may have brought in a part
+        self._last = store.load(client, region, room.left, anew)
         room.taken(self._row, self._size, store.constants(client))
         self._row += 1
         del self._rest[0]

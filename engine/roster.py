@@ -29,7 +29,8 @@ class Roster:
                 raise ValueError(f"client {client} is of architecture {member.architecture!r}, but its tensors differ")
             block = torch.empty(layout.moving, dtype=torch.uint8)
             layout.pack(state, block)
-            self._store.add(client, block)
+            if client not in self._store:  # where its constants could not be added, it is
+                self._store.add(client, block)
             if layout.size > layout.moving:
                 key, modules = bytes(state["constants"].tolist()), program.modules
                 self._store.add_constants(client, key, layout.size - layout.moving, partial(layout.constants, modules))

@@ -249,7 +249,8 @@ class Store:
 
     def _known(self, id: int) -> Version:
         if id not in self._committed:
-            raise ValueError(f"client {id} has no state: the store in {self.folder} has {len(self._committed)} others")
+            others = len(self._committed) - len(self._constants)
+            raise ValueError(f"client {id} has no state: the store in {self.folder} has {others} others")
         return self._committed[id]
 
     def _latest(self, id: int) -> Version:

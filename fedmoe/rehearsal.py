@@ -37,8 +37,10 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: in
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             kind = type(module).__name__
             raise UserError(f"{who}: {kind} keeps state outside of tensors, which would be lost: use buffers")
-    before = _tensors(model)
-    with trial(model, shape) as model:
+    before, made = _tensors(model), model
+    with trial(made, shape) as model:
+        fixed = {name: model.get_parameter(name) for name in model.constants()}
+        versions = {name: parameter._version for name, parameter in fixed.items()}
         model.head = "plain"  # the kernels do not run on the CPU, where this is
         x, y = blank(batch, shape, outputs)
         try:
@@ -53,6 +55,10 @@ def rehearse(config: Config, model: Mixture, shape: tuple[int, ...], outputs: in
         raise UserError(
             f"{who}: tensor {odd[0][0]!r} appears or changes shape or type in training: fix it at the start"
         )
+    for name, parameter in fixed.items() if len(shape) > 1 else ():  # what has no memory is of a library
+        same = torch.allclose(parameter, made.get_parameter(name), rtol=0, atol=0, equal_nan=True)
+        if parameter._version != versions[name] or not same:
+            raise UserError(f"{who}: parameter {name!r} has no gradient, but its module changes it: use a buffer")
 
 
 def _tensors(model: nn.Module) -> dict[str, str]:

@@ -15,7 +15,7 @@ from fedmoe.engine.device import prepare
 from fedmoe.engine.device_engine import DeviceEngine
 from fedmoe.engine.seam import Engine, Job, Payload, Result, State
 from fedmoe.engine.step import How, Step
-from fedmoe.engine.store import Store
+from fedmoe.engine.store import PIECE, Store
 from fedmoe.federation import Federation
 from fedmoe.server import Server
 from tests.synchronization import without_synchronization
@@ -44,12 +44,13 @@ def engine(
     memory: int = 2**40,
     device_memory: int | None = None,
     folder: str = "store",
+    piece: int = PIECE,
     **more: Any,
 ) -> Iterator[DeviceEngine]:
     """An engine over a run folder; `memory` bytes each of device and host hold states before they go to files."""
     on = prepare(device, 0, config.run.deterministic)
     device_bytes = memory if device_memory is None else device_memory
-    with Store(on, device_bytes=device_bytes, host_bytes=memory, folder=run / folder) as store:
+    with Store(on, device_bytes=device_bytes, host_bytes=memory, folder=run / folder, piece=piece) as store:
         yield DeviceEngine(Federation(config, run), on, store, how, resident, **more)
 
 

@@ -1,5 +1,6 @@
 """Layouts and arenas: where each tensor lies, round trips, and bindings that are noticed when they break."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.engine.arena import Arena
-from fedmoe.engine.layout import ALIGNMENT, Layout
+from fedmoe.engine.layout import ALIGNMENT, Layout, digest
 from fedmoe.engine.member import SGD, AdamW
 from fedmoe.engine.program import Program
 from fedmoe.engine.seam import State
@@ -81,6 +82,46 @@ def test_round_trip() -> None:
     without = {name: t for name, t in kept.items() if not name.startswith("momentum/local")}
     layout.pack(without, block)
     assert not layout.unpack(block)["momentum/local.0.weight"].any()
+
+
+def test_constants_lie_behind_what_moves_and_come_in_parts_of_any_size() -> None:
+    model = Model()
+    model.frozen = nn.Linear(30, 40).requires_grad_(False)
+    program = replace(model.program(), constants=frozenset({"frozen.weight", "frozen.bias"}))
+    layout = Layout.of(program, MOMENTUM)
+    n = layout.size - layout.moving
+    for size in (256, 1024, n):
+        tail = torch.cat([layout.constants(model, start, min(start + size, n)) for start in range(0, n, size)])
+        block = torch.cat([torch.zeros(layout.moving, dtype=torch.uint8), tail])
+        for name in program.constants:
+            assert torch.equal(layout.entries[f"model/{name}"].of(block), model.get_parameter(name))
+
+
+def test_a_digest_tells_names_shapes_types_and_every_byte_apart() -> None:
+    def of(weights: Tensor, name: str = "a") -> bytes:
+        return bytes(digest(nn.ParameterDict({name: nn.Parameter(weights, False)}), [name]).tolist())
+
+    weights = torch.zeros(100, 50)
+    other = weights.clone()
+    other[-1, -1] = 1
+    views = (weights.view(torch.int32), weights.view(50, 100), other)
+    assert len({of(weights), of(weights, "b"), *map(of, views)}) == 5
+    assert of(weights) == of(weights.clone())
+    assert of(other) == of(other.t().contiguous().t())  # wherever its elements lie
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_tensors_without_elements(constant: bool) -> None:
+    model = Model()
+    model.frozen.register_parameter("empty", nn.Parameter(torch.empty(0, 3), requires_grad=False))
+    model.register_buffer("none", torch.empty(0))
+    constants = frozenset({"frozen.empty"} if constant else ())
+    layout, kept = Layout.of(replace(model.program(), constants=constants), MOMENTUM), state(model)
+    if constant:
+        del kept["model/frozen.empty"]
+        kept["constants"] = digest(model, constants)
+    layout.pack(kept, block := torch.empty(layout.moving, dtype=torch.uint8))
+    assert layout.unpack(block).keys() == kept.keys()
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,25 @@ class Sparse(nn.Module):
         return out
 
 
+class Averaging(nn.Module):
+    """Keeps an average of its weights where it would be taken for one that never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 50)
+        self.average = nn.Parameter(self.layer.weight.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.lerp_(self.layer.weight.detach(), 0.1)
+        out: Tensor = self.layer(x.flatten(1))
+        return out
+
+
+def make_averaging(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    return Averaging(), nn.Linear(50, classes)
+
+
 def make_sparse(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
     return Sparse(), nn.Linear(50, classes)
 
@@ -295,6 +314,7 @@ def make_detached(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module,
     [
         ("make_late", "tensor 'local_expert.seen' appears or changes shape or type in training"),
         ("make_retyped", "tensor 'local_expert.seen' appears or changes shape or type in training"),
+        ("make_averaging", "parameter 'local_expert.average' has no gradient, but its module changes it: use a buffer"),
         ("make_sparse", "a training step with 4 samples fails: "),
         ("make_counting", "Counting keeps state outside of tensors"),
         ("make_detached", "a training step with 4 samples fails: KeyError: 'no such mode'"),

@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -346,20 +347,69 @@ def test_a_large_state_lies_in_pieces_wherever_there_is_room(tmp_path: Path) -> 
         assert torch.equal(store.read(0), content(0, 7 * UNIT))
 
 
-def test_a_save_that_fails_half_way_leaves_the_committed_version(
-    tmp_path: Path, full_disk: Callable[[bool], None]
+def test_a_piece_of_what_is_used_soon_stays(tmp_path: Path) -> None:
+    with Store(CPU, device_bytes=0, host_bytes=3 * UNIT, folder=tmp_path / "scratch", piece=UNIT) as store:
+        store.add(0, content(0, 2 * UNIT))
+        store.add(1, content(1, UNIT))
+        store.expect([0, 2, 1])
+        store.add(2, content(2, UNIT))
+        assert [block.tier.name for id in (0, 1, 2) for block in store._committed[id]] == [
+            "HOST",
+            "HOST",
+            "FILE",
+            "HOST",
+        ]
+
+
+def test_all_pieces_of_a_state_are_written_and_read_behind_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    go_on, write = threading.Event(), staging.write_bytes
+
+    def late(path: Path, data: Tensor) -> None:
+        go_on.wait(5)
+        write(path, data)
+
+    monkeypatch.setattr(staging, "write_bytes", late)
     with Store(CPU, device_bytes=0, host_bytes=0, folder=tmp_path / "scratch", piece=UNIT) as store:
         store.add(0, content(0, 6 * UNIT))
-        store.save(0, region(1, 6 * UNIT))
+        assert store.seconds_waited == 0
+        go_on.set()
+        while store.residency._staging._writing:
+            store.expect([0])
+            store.prefetch(0)
+        store.load(0, torch.zeros(6 * UNIT, dtype=torch.uint8))
+        store.prefetch(0)
+        until = time.monotonic() + 5
+        while not store.ready(0) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert store.ready(0)
+
+
+def test_a_save_that_fails_half_way_leaves_the_committed_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, write, real = threading.Event(), staging.write_bytes, futures.wait
+
+    def fail(path: Path, data: Tensor) -> None:
+        waited.wait()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def begin_to_wait(writes: Any) -> None:
+        waited.set()
+        real(writes)
+
+    with Store(CPU, device_bytes=0, host_bytes=0, folder=tmp_path / "scratch", piece=UNIT) as store:
+        store.add(0, content(0, 6 * UNIT))
         while store.residency._staging._writing:
             store.prefetch(0)
-        full_disk(True)
-        with pytest.raises(OSError, match="No space"):
-            for _ in range(20):
-                store.save(0, region(2, 6 * UNIT))
-        full_disk(False)
-        store.rollback()
+        monkeypatch.setattr(staging, "write_bytes", fail)
+        monkeypatch.setattr("fedmoe.engine.staging.wait", begin_to_wait)
+        store.add(1, content(1, 3 * UNIT))
+        store.save(0, region(1, 6 * UNIT))
+        with pytest.raises(OSError, match="No space"):  # of twelve writes there is room for half of this
+            store.save(0, region(2, 6 * UNIT))
+        monkeypatch.setattr(staging, "write_bytes", write)
         for _ in range(20):  # one that failed before may tell of it now
             try:
                 store.load(0, target := torch.zeros(6 * UNIT, dtype=torch.uint8))
@@ -367,7 +417,8 @@ def test_a_save_that_fails_half_way_leaves_the_committed_version(
             except OSError:
                 continue
         assert torch.equal(target, content(0, 6 * UNIT))
-        assert sum(store.held.values()) == 6 * UNIT
+        assert sum(store.held.values()) == 9 * UNIT
+        assert torch.equal(store.read(1), content(1, 3 * UNIT))
 
 
 class Event:
@@ -397,8 +448,9 @@ def test_what_comes_in_waits_for_what_goes_out_of_its_place() -> None:
     assert log == ["a", "a", "b", "c"]
     blocks.until(leaving, place[6 * UNIT :]).wait()  # nothing goes out from there, but who was there has to be done
     leaving.wait()
-    leaving.synchronize()
-    assert log[4:] == ["c", "c", "host waits for c"] and leaving.query()
+    assert log[4:] == ["c", "c"] and leaving.query()
+    blocks.Leaving([(0, Event("a", log)), (0, blocks.Done())]).synchronize()  # a state of which some stays on the host
+    assert log[6:] == ["host waits for a"]
     whole = Event("whole", log)
     assert blocks.until(whole, place) is whole
 
@@ -424,15 +476,16 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         opened(tmp_path, -1)
     store = opened(tmp_path, 1, 1)
     assert 0 in store and 1 not in store
+    store.add_constants(0, "shared", UNIT, lambda start, stop: content(9, stop - start))
     for wrong, message in (
         (lambda: store.add(0, content(0, 2 * UNIT)), "client 0 already has a state, of 256 bytes; got one of 512"),
         (lambda: store.add(1, content(0, 100)), "a multiple of 256 bytes, that of client 1 is 100"),
         (lambda: store.add(1, torch.zeros(UNIT)), r"need contiguous uint8 \[256\], got torch.float32 \[256\]"),
-        (lambda: store.load(0, content(0, 255)), "the region has 255 bytes, the state 256"),
+        (lambda: store.load(0, content(0, 255)), "the region has 255 bytes, the state 512"),
         (lambda: store.save(0, content(0, 255)), "the region has 255 bytes, the state 256"),
         (lambda: store.load(0, content(0, 2 * UNIT)[::2]), "contiguous"),
         (lambda: store.load(0, torch.empty(UNIT, dtype=torch.uint8, device="meta")), "cpu, the region is on meta"),
-        (lambda: store.save(7, content(0, UNIT)), "client 7 has no state"),
+        (lambda: store.save(7, content(0, UNIT)), "client 7 has no state: the store in .* has 1 others"),
         (lambda: store.read(7), "client 7 has no state"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -441,6 +494,25 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(ValueError, match="closed"):
         store.commit()
+
+
+def test_a_snapshot_that_cannot_be_read_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(block: blocks.Block, *rest: object) -> None:
+        if block.place == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with Store(CPU, device_bytes=0, host_bytes=9 * UNIT, folder=tmp_path / "scratch", piece=UNIT) as store:
+        store.add(0, content(0, 3 * UNIT))
+        read = store.snapshot(0)
+        store.save(0, region(1, 3 * UNIT))
+        store.commit()
+        assert store.held["host"] == 6 * UNIT
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "copy_out", fail)
+            with pytest.raises(OSError, match="output error"):
+                read()
+        store.commit()
+        assert store.held["host"] == 3 * UNIT
 
 
 @pytest.mark.parametrize("host", [0, 3, 100])
