@@ -8,6 +8,7 @@ import pytest
 from fedmoe.engine.facts import Wanted
 from fedmoe.engine.fit import LARGE, WORKSPACE, place, work
 from fedmoe.engine.plan import Plan, plan
+from fedmoe.engine.store import PIECE
 from tests.plans import CARD, CPU, FIVE, GB, H200, LARGER, OLD, decide, federation, kind, refused
 
 
@@ -129,6 +130,14 @@ def test_whole_clients_are_placed_in_order() -> None:
     sizes = federation(kind("a", 2, state=10), kind("b", 3, state=7))
     assert place(sizes, 18, 17) == (17, 17, 7)
     assert place(sizes, 0, 0) == (0, 0, 41)
+
+
+def test_constants_are_placed_once_where_they_are_the_same_and_large_states_in_pieces() -> None:
+    for same, count in ((True, 1), (False, 3)):
+        sizes = federation(kind("a", 3, state=10, constants=6, same=same))
+        assert place(sizes, 0, 1000) == (0, 12 + 6 * count, 0)
+    sizes = federation(kind("a", 2, state=3 * PIECE))
+    assert place(sizes, 2 * PIECE + 1, PIECE) == (2 * PIECE, PIECE, 3 * PIECE)
 
 
 def test_more_memory_never_keeps_fewer_states_near() -> None:

@@ -9,8 +9,12 @@ from fedmoe import planning
 from fedmoe.client import load_data
 from fedmoe.config import Config
 from fedmoe.engine.facts import Sizes, facts
+from fedmoe.engine.fit import place
 from fedmoe.engine.plan import CHOICES, Plan
-from tests.support import SMALL, Fedmoe, changed
+from fedmoe.engine.step import How
+from tests.engines import engine
+from tests.hfmodels import save
+from tests.support import SMALL, Fedmoe, begin, changed
 
 
 def test_facts_of_this_machine() -> None:
@@ -39,6 +43,18 @@ def test_sizes_of_a_federation(config: Config) -> None:
     normed = measured(changed(config, gate={"norm": "paper"}, training={"momentum": 0.0})).architectures[0]
     assert normed.batch_statistics and normed.buffers and normed.state > 8 * normed.trainable + normed.buffers
     assert measured(changed(config, method="local")).branches == 1
+
+
+def test_states_take_what_a_store_of_them_holds(config: Config, tmp_path: Path) -> None:
+    """Of clients whose pretrained weights do not train."""
+    local = (f"hf/{save('vit', tmp_path)}", "cnn-5")
+    config = changed(config, model={"local": local, "tune": "frozen", "adapter": "linear", "global_expert": "cnn-5"})
+    sizes = measured(config)
+    with engine(config, begin(config, tmp_path / "run"), How()) as made:
+        for client in range(5):
+            made.site.roster[client]
+        assert place(sizes, 0, 10**12) == (0, made.store.held["host"], 0)
+    assert sizes.architectures[0].same and sizes.architectures[0].constants > 0
 
 
 def test_command_shows_table_and_json(fedmoe: Fedmoe, tmp_path: Path) -> None:

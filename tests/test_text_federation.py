@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmoe import data
+from fedmoe import data, federation
 from fedmoe.client import open_client
 from fedmoe.config import Config, Data, Federation, Model, Partition, Training
 from fedmoe.engine.step import How
@@ -79,6 +79,21 @@ def test_a_federation_of_four_times_the_budget_gives_the_same(corpus: Path, tmp_
         found = rounds(made, on, run, 2)
         assert on.store.bytes_moved["file", "in"] > size and on.store.held["host"] <= size // 4
     assert_same(found, expected)
+
+
+def test_a_program_without_memory_trains_what_the_client_s_own_does(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federation, "measured", lambda client: (1, ("header.weight",)))  # as if it had no gradient
+    made = config(corpus)
+    members = federation.Federation(made, begin(made, tmp_path / "run"))
+    programs = [members.open(0)[1], members.program(0)]
+    weights = [dict(program.modules.named_parameters()) for program in programs]
+    assert [{p.is_meta for p in named.values()} for named in weights] == [{False}, {True}]
+    assert [(n, p.requires_grad) for n, p in weights[0].items()] == [
+        (n, p.requires_grad) for n, p in weights[1].items()
+    ]
+    assert programs[0].constants == programs[1].constants
 
 
 def test_bf16_trains_alike(corpus: Path, tmp_path: Path) -> None:
