@@ -1,6 +1,7 @@
 """The engine against the plain loop: every switch alone and all together, faults, and what must never happen."""
 
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,25 @@ def test_out_of_memory_halves_the_batches_parts(
     found = outcome(config, run, PARTS[how])
     assert {result.metrics.pop("parts") for result in found.train} == {4}
     assert_close(found, expected, TOLERANCE[PARTS[how].precision])
+
+
+def test_a_client_that_runs_out_of_memory_in_a_later_step_begins_anew(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, limited, wide = begin(config, tmp_path / "run"), steps.branches, Counter[int]()
+    expected = outcome(config, run, PLAIN)
+
+    def branches(program: Program, x: torch.Tensor, streams: list[torch.cuda.Stream]) -> dict[str, torch.Tensor]:
+        wide[id(program)] += program.modules.training and len(x) == 16
+        if wide[id(program)] == 2:
+            wide[id(program)] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return limited(program, x, streams)
+
+    monkeypatch.setattr(steps, "branches", branches)
+    found = outcome(config, run, PLAIN)
+    assert {result.metrics.pop("parts") for result in found.train} == {2}
+    assert_close(found, expected, TOLERANCE["fp32"])
 
 
 def test_out_of_memory_without_a_way_out_is_one_line(
