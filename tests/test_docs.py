@@ -105,6 +105,15 @@ def test_reference_of_a_field() -> None:
     assert "\n`deterministic`: true or false; default `false`\n: Use " in text
 
 
+def test_every_page_is_listed_and_every_link_leads_somewhere() -> None:
+    pages, index = sorted((ROOT / "docs").rglob("*.md")), (ROOT / "docs" / "index.md").read_text()
+    listed = {(ROOT / "docs" / link).resolve() for link in re.findall(r"\]\(([^)#:]+\.md)", index)}
+    assert set(pages) - listed == {ROOT / "docs" / "index.md"}
+    for page in [*pages, ROOT / "README.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page}: {link}"
+
+
 def test_site_builds_without_a_warning_and_asks_no_network(tmp_path: Path) -> None:
     for module in ("sphinx", "furo", "myst_parser"):
         pytest.importorskip(module, reason="`make docs` installs what builds the documentation")
