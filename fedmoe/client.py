@@ -15,7 +15,7 @@ from fedmoe.engine.layout import digest
 from fedmoe.engine.member import input_shape
 from fedmoe.engine.seam import Metrics, Payload, Result, Schema, State, violations
 from fedmoe.engine.seeds import globals_kept
-from fedmoe.errors import UserError
+from fedmoe.errors import UserError, reason
 from fedmoe.kernels.gather_oracle import augmented
 from fedmoe.profiling import flops
 
@@ -126,7 +126,8 @@ class Client:
             if not torch.equal(state[name], made):
                 raise ValueError(
                     f"the weights of {self.model!r} that do not train have changed since (SHA-256 "
-                    f"{_hex(made)}, were {_hex(state[name])}): put those back that it was trained with"
+                    f"{_hex(made)}, were {_hex(state[name])}): use the files that it was trained with, or, where they "
+                    "are random, the versions and the kind of machine"
                 )
         kept = {n: tensor for n, tensor in state.items() if not n.startswith("model/") and n != "constants"}
         self._coded = kept if coded else {}
@@ -192,7 +193,10 @@ def measured(client: Client) -> tuple[int, tuple[str, ...]]:
         model.train().head = "plain"  # what kernels compute is not counted
         program = model.program()
         x, y = (tensor.to(client.labels.device) for tensor in rehearsal.blank(count, client.shape, outputs))
-        total = flops.count(lambda: program.join(program.run(x), y)[0].backward())
+        try:
+            total = flops.count(lambda: program.join(program.run(x), y)[0].backward())
+        except Exception as error:  # whatever a library's model raises
+            raise UserError(f"model {client.model!r}: a step cannot be taken: {reason(error)}") from error
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     return total // count, tuple(unused)
 
