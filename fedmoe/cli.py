@@ -171,7 +171,7 @@ def _parser() -> Parser:
     profile.set_defaults(act=_profile)
 
     bench = commands.add_parser("bench", help="time kernels, engine and federation against what else there is")
-    suites = "kernels, engine, federation, aggregation; or acceptance: what the targets are measured by, with verdicts"
+    suites = "kernels, engine, federation, lm, aggregation; or acceptance: what targets are measured by, with verdicts"
     bench.add_argument("suite", nargs="?", metavar="SUITE", help=f"only this suite: {suites}")
     bench.add_argument("--only", default="", metavar="NAME", help="only benchmarks with this in their name")
     budget = "leave out what does not fit into so many seconds (acceptance: 565 unless given)"
