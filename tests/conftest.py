@@ -1,5 +1,6 @@
 """Fixtures: a small federation on the embedded digits, its run folder, and the command line in a process of its own."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Small models are fastest on one thread, and equality is then independent of the machine's load."""
+    """Small models are fastest on one thread, and equality is then independent of the machine's load.
+
+    Of processes that tests start, too: threads of several that wait for each other on few cores made some take thrice
+    as long.
+    """
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
