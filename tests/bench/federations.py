@@ -37,8 +37,8 @@ def federation(folder: Path, clients: int, each: int, **sections: dict[str, Any]
 
 
 def a_round(config: Config, made: Engine, epochs: int = 1) -> Call:
-    """Trains every client from where it is, with the theta that all began with."""
-    sent, numbers = theta(config), count(1)
+    """Trains every client from where it is, with the theta that all began with, where there is one."""
+    sent, numbers = {} if config.method == "local" else theta(config), count(1)
 
     def call() -> None:
         number = next(numbers)
