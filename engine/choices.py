@@ -106,13 +106,9 @@ class Choices:
         return self._switch("graphs", self.wanted.graphs, missing, "a step is launched as a whole")
 
     def memory(self, precision: Precision) -> tuple[Place, Work, int, int]:
-        """Where the samples lie, the work, and the bytes of device and host memory for states.
-
-        Four fifths of what is free count as there: allocators leave fragments, and others use the machine too.
-        """
+        """Where the samples lie, the work, and the bytes of device and host memory for states."""
         facts, samples, low = self.facts, self.sizes.samples, 2 if precision in ("bf16", "fp16") else 0
-        free = facts.device_free if self.gpu else facts.host_available
-        room = free * 4 // 5
+        free, room = facts.free, facts.room
         self._way(low, room)
         alone = work(self.sizes, 1, 1, 1, low, self.gpu).fixed + WORKSPACE * self.gpu
         if alone > room:

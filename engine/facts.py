@@ -51,6 +51,16 @@ class Facts:
     no_apex: str = ""
     """Why NVIDIA apex cannot be used on this device; empty where it can."""
 
+    @property
+    def free(self) -> int:
+        """Bytes that can be had where clients train."""
+        return self.device_free if self.device == "cuda" else self.host_available
+
+    @property
+    def room(self) -> int:
+        """Of these, four fifths, which count: allocators leave fragments, and others use the machine too."""
+        return self.free * 4 // 5
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Architecture:

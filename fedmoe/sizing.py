@@ -81,8 +81,7 @@ class _Trials:
     def _fits(self, taken: Sizes) -> bool:
         """Whether each kind of client can train so by itself."""
         gpu, low = self._on.device == "cuda", 2 if self._how.low else 0
-        free = self._on.device_free if gpu else self._on.host_available
-        return work(taken, 1, 1, 1, low, gpu).total <= free * 4 // 5
+        return work(taken, 1, 1, 1, low, gpu).total <= self._on.room
 
     def _taken(self, its: Architecture, micro_batch: int, checkpointing: bool) -> int:
         """Bytes that a step or an evaluation takes besides gradients, to the byte of what PyTorch asks for."""
